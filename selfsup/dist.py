@@ -1,0 +1,183 @@
+"""The process group, from the environment that torchrun (or selfsup.launch) exports; identities at world size 1."""
+
+import datetime
+import os
+import sys
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as td
+from torch import Tensor, nn
+
+from selfsup.errors import UserError
+
+_side: td.ProcessGroup | None = None  # gloo, for agreements between hosts that must not touch the accelerator
+
+
+def env_world() -> tuple[int, int, int, int]:
+    """(rank, world, local rank, ranks on this host) from the environment; (0, 1, 0, 1) for a plain process."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return (
+        int(os.environ.get("RANK", "0")),
+        world,
+        int(os.environ.get("LOCAL_RANK", "0")),
+        int(os.environ.get("LOCAL_WORLD_SIZE", str(world))),
+    )
+
+
+def init(device: torch.device, timeout_s: float = 300) -> None:
+    """Join the process group named in the environment, if there is one."""
+    global _side
+    _, world, _, _ = env_world()
+    if world == 1 or td.is_initialized():
+        return
+    timeout = datetime.timedelta(seconds=timeout_s)
+    td.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    _side = td.new_group(backend="gloo", timeout=timeout)
+
+
+def shutdown() -> None:
+    """Leave together, so that no rank's exit aborts another's."""
+    global _side
+    if td.is_initialized():
+        td.barrier()
+        td.destroy_process_group()
+        _side = None
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def rank() -> int:
+    """This process's rank."""
+    return td.get_rank() if td.is_initialized() else 0
+
+
+def world() -> int:
+    """Number of processes."""
+    return td.get_world_size() if td.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the one that writes files."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for every rank (on the host, not the accelerator)."""
+    if td.is_initialized():
+        td.barrier(group=_side)
+
+
+def all_reduce_(tensor: Tensor, op: str = "sum") -> Tensor:
+    """Reduce in place over ranks: 'sum', 'min' or 'max'."""
+    if td.is_initialized():
+        td.all_reduce(tensor, op=getattr(td.ReduceOp, op.upper()))
+    return tensor
+
+
+def all_gather(tensor: Tensor) -> Tensor:
+    """Concatenate [N, ...] of equal shape from every rank -> [world * N, ...]."""
+    if not td.is_initialized():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world())]
+    td.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def agree(value: int) -> int:
+    """The largest of the ranks' integers, through the host-side group."""
+    if not td.is_initialized():
+        return value
+    flag = torch.tensor([value])
+    td.all_reduce(flag, op=td.ReduceOp.MAX, group=_side)
+    return int(flag.item())
+
+
+def raise_together(error: BaseException | None, what: str) -> None:
+    """Raise `error` here, and a short UserError on the ranks where there was none but another rank had one."""
+    failed = agree(1 if error is not None else 0)
+    if error is not None:
+        raise error
+    if failed:
+        raise UserError(f"{what} failed on another rank; its message says why")
+
+
+def broadcast_module(module: nn.Module) -> None:
+    """Rank 0's parameters and buffers on every rank."""
+    if td.is_initialized():
+        for tensor in [*module.parameters(), *module.buffers()]:
+            td.broadcast(tensor.data, src=0)
+
+
+def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
+    """Rank 0's values on every rank, in place."""
+    if td.is_initialized():
+        for tensor in tensors:
+            td.broadcast(tensor, src=0)
+
+
+class GradientReducer:
+    """Averages gradients over ranks through buckets of a fixed layout, overlapped with the backward pass.
+
+    torch's DDP rebuilds its buckets after the first step in the order gradients arrived, which changes the order of
+    sums and so breaks a bitwise resume; here the layout depends on the parameters alone. A bucket none of whose
+    parameters received a gradient (a last layer that is frozen) is not reduced, on any rank.
+
+    All ranks must run the same graph, which holds because a step's frozen parameters are a function of the step.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], bucket_bytes: int = 25 << 20) -> None:
+        self.buckets: list[list[nn.Parameter]] = []
+        size = 0
+        for p in reversed([p for p in parameters if p.requires_grad]):  # about the order of the backward pass
+            if not self.buckets or size + p.nbytes > bucket_bytes or self.buckets[-1][0].dtype != p.dtype:
+                self.buckets.append([])
+                size = 0
+            self.buckets[-1].append(p)
+            size += p.nbytes
+        self._owner = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
+        self._armed = False
+        self._arrived: list[int] = []
+        self._work: dict[int, tuple[Tensor, list[nn.Parameter], td.Work]] = {}
+        if world() > 1:
+            for p in self._owner:
+                p.register_post_accumulate_grad_hook(self._on_gradient)
+
+    def arm(self) -> None:
+        """Call before the backward pass whose gradients complete the step."""
+        self._armed = world() > 1
+        self._arrived = [0] * len(self.buckets)
+        self._work = {}
+        self._next = 0
+
+    def _on_gradient(self, p: nn.Parameter) -> None:
+        if not self._armed:
+            return
+        self._arrived[self._owner[p]] += 1
+        # in index order, so that every rank starts its collectives in the same order
+        while self._next < len(self.buckets) and self._arrived[self._next] == len(self.buckets[self._next]):
+            self._launch(self._next)
+            self._next += 1
+
+    def _launch(self, index: int) -> None:
+        present = [p for p in self.buckets[index] if p.grad is not None]
+        if not present:
+            return
+        flat = torch.cat([p.grad.reshape(-1) for p in present if p.grad is not None])
+        flat.div_(world())
+        work = td.all_reduce(flat, async_op=True)
+        assert work is not None
+        self._work[index] = (flat, present, work)
+
+    def finish(self) -> None:
+        """Wait for every bucket and put the averages where the gradients were."""
+        if not self._armed:
+            return
+        for index in range(self._next, len(self.buckets)):
+            self._launch(index)
+        for flat, present, work in self._work.values():
+            work.wait()
+            parts = flat.split([p.numel() for p in present])
+            torch._foreach_copy_([p.grad for p in present], [part.view_as(p) for part, p in zip(parts, present)])
+        self._work = {}
+        self._armed = False

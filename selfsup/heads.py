@@ -1,0 +1,61 @@
+"""Projection heads."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Prototypes(nn.Module):
+    """A linear layer without bias whose weight is g * v / |v| row by row (weight normalisation, Salimans & Kingma, 2016).
+
+    With `normalised` the scale g stays 1 and is not trained, so that each row is a prototype on the unit sphere.
+    Parameter names are those of DINO's published checkpoints.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, normalised: bool) -> None:
+        super().__init__()
+        self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
+        self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not normalised)
+        nn.init.kaiming_uniform_(self.weight_v, a=5**0.5)  # nn.Linear's own, as in the published code
+
+    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
+        """x [..., in_dim] -> [..., out_dim]. frozen: no gradient for the prototypes (there is one for x)."""
+        v, g = (self.weight_v.detach(), self.weight_g.detach()) if frozen else (self.weight_v, self.weight_g)
+        weight = v * (g / v.norm(dim=1, keepdim=True))  # [out_dim, in_dim]
+        return F.linear(x, weight)
+
+
+class DINOHead(nn.Module):
+    """MLP with GELU, a bottleneck that is l2-normalised, and prototypes (Caron et al., 2021, section 3.2 and appendix C)."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        layers: int = 3,
+        batch_norm: bool = False,
+        norm_last_layer: bool = True,
+    ) -> None:
+        super().__init__()
+        dims = [in_dim] + [hidden_dim] * (layers - 1) + [bottleneck_dim]
+        modules: list[nn.Module] = []
+        for i, (a, b) in enumerate(zip(dims[:-1], dims[1:])):
+            linear = nn.Linear(a, b)
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+            modules.append(linear)
+            if i < layers - 1:
+                if batch_norm:
+                    modules.append(nn.BatchNorm1d(b))
+                modules.append(nn.GELU())
+        self.mlp = nn.Sequential(*modules)
+        self.last_layer = Prototypes(bottleneck_dim, out_dim, normalised=norm_last_layer)
+
+    def forward(self, x: Tensor, frozen_prototypes: bool = False) -> Tensor:
+        """x [N, in_dim] -> logits [N, out_dim]."""
+        x = self.mlp(x)  # [N, bottleneck]
+        x = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+        return self.last_layer(x, frozen=frozen_prototypes)
