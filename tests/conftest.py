@@ -1,0 +1,57 @@
+"""Settings of every test process: one thread, no network for models, and no silent skips in continuous integration."""
+
+import os
+
+# Before torch or huggingface_hub is imported by anyone; child processes inherit them.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("MPLBACKEND", "Agg")
+for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_PROCID", "SLURM_NTASKS"):
+    os.environ.pop(_name, None)  # a test started inside a job is not a rank of it
+
+import pytest  # noqa: E402
+
+ALLOWED_SKIPS = ("no CUDA",)
+"""Reasons for which a skipped test is no failure in CI: hardware that the machine does not have."""
+
+
+def _in_ci() -> bool:
+    return os.environ.get("CI", "").lower() in ("1", "true", "yes")
+
+
+def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Turn a skip into a failure when CI=true: a part that is missing there was never tested at all."""
+    if not (_in_ci() and report.skipped) or hasattr(report, "wasxfail"):
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if not reason.removeprefix("Skipped: ").startswith(ALLOWED_SKIPS):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which CI counts as a failure: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+@pytest.fixture(autouse=True)
+def _threads_stay():
+    """A test that changes torch's thread count would change the arithmetic of the ones after it."""
+    import sys
+
+    before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
+    yield
+    if before is not None:
+        after = sys.modules["torch"].get_num_threads()
+        sys.modules["torch"].set_num_threads(before)
+        assert after == before, f"the test left torch with {after} threads; it started with {before}"
