@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from selfsup.errors import UserError
 
 # `data=X` is short for `data.path=X`, and so on.
-SHORT_FORMS = {"data": "path", "method": "name", "optimizer": "name", "teacher": "path", "mix": "name", "backbone": "name"}
+SHORT_FORMS = {"data": "path", "method": "name", "optimizer": "name", "backbone": "name", "init_from": "path"}
 
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(%|epochs?|steps?|samples?)$")
 
@@ -232,6 +232,8 @@ class Config(Section):
     threads: Positive | None = None
     """Compute threads a process; null: this machine's CPUs shared among its ranks."""
     log_every: Positive = 10
+    tensorboard: bool = True
+    """Also write TensorBoard files, if that package is installed."""
     stop_at: Positive | None = None
     """End early at this step with exit code 75; schedules are left alone."""
     max_nonfinite: Positive = 10
@@ -266,13 +268,10 @@ class Config(Section):
         return self.data.std or ((0.229, 0.224, 0.225) if self.backbone.in_chans == 3 else (0.25,) * self.backbone.in_chans)
 
 
-_SHORT_SECTIONS = {**{k: SHORT_FORMS[k] for k in ("data", "method", "optimizer", "backbone")}, "init_from": "path"}
-
-
 def expand_short_forms(values: Mapping[str, Any]) -> dict[str, Any]:
     """{'data': 'x'} -> {'data': {'path': 'x'}}."""
     out = dict(values)
-    for key, inner in _SHORT_SECTIONS.items():
+    for key, inner in SHORT_FORMS.items():
         if key in out and not isinstance(out[key], (dict, BaseModel)):
             out[key] = {inner: out[key]} if out[key] is not None else {}
     return out
@@ -284,6 +283,11 @@ def expand_short_forms(values: Mapping[str, Any]) -> dict[str, Any]:
 def recipe_names() -> list[str]:
     """Names of the built-in recipes."""
     return sorted(p.name[:-5] for p in resources.files("selfsup.recipes").iterdir() if p.name.endswith(".yaml"))
+
+
+def recipe_texts() -> dict[str, str]:
+    """Name -> text of every built-in recipe; the first line is a comment that says what it is."""
+    return {name: (resources.files("selfsup.recipes") / f"{name}.yaml").read_text() for name in recipe_names()}
 
 
 def read_recipe(recipe: str) -> dict[str, Any]:
@@ -309,7 +313,7 @@ def read_recipe(recipe: str) -> dict[str, Any]:
     return expand_short_forms(values)
 
 
-def parse_overrides(overrides: Iterable[str], short: Mapping[str, str] = _SHORT_SECTIONS) -> dict[str, Any]:
+def parse_overrides(overrides: Iterable[str], short: Mapping[str, str] = SHORT_FORMS) -> dict[str, Any]:
     """['data=x', 'optimizer.lr=1e-3'] -> {'data': {'path': 'x'}, 'optimizer': {'lr': 0.001}}. Later ones win."""
     out: dict[str, Any] = {}
     for item in overrides:

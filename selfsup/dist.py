@@ -93,6 +93,14 @@ def agree(value: int) -> int:
     return int(flag.item())
 
 
+def start_agreement(value: bool) -> tuple[Tensor, td.Work]:
+    """Begin to exchange a flag over the host-side group: (tensor that will hold the maximum, work to wait for)."""
+    flag = torch.tensor([int(value)])
+    work = td.all_reduce(flag, op=td.ReduceOp.MAX, group=_side, async_op=True)
+    assert work is not None
+    return flag, work
+
+
 def raise_together(error: BaseException | None, what: str) -> None:
     """Raise `error` here, and a short UserError on the ranks where there was none but another rank had one."""
     failed = agree(1 if error is not None else 0)

@@ -19,20 +19,21 @@ def layer_index(name: str, depth: int) -> int:
 
 
 def parameter_groups(named: Sequence[tuple[str, nn.Parameter]], layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """Groups with `names`, `lr_scale` and `wd_scale`: no weight decay for biases and norms (one dimension).
+    """Groups with `names`, `lr_scale`, `wd_scale` and `backbone` (whether theirs): no weight decay for biases and norms (one dimension).
 
     layer_decay: learning rate times this for each layer below the last (Clark et al., 2020), for names that hold
     'backbone.'; heads keep 1.
     """
     trainable = [(n, p) for n, p in named if p.requires_grad]
     depth = max((layer_index(n, -2) for n, _ in trainable if "backbone." in n), default=0)
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
     for name, p in trainable:
         decay = 0.0 if p.ndim <= 1 or name.endswith(".bias") else 1.0
-        scale = 1.0
-        if layer_decay != 1.0 and "backbone." in name:
+        scale, backbone = 1.0, "backbone." in name
+        if layer_decay != 1.0 and backbone:
             scale = layer_decay ** (depth + 1 - min(layer_index(name, depth), depth + 1))
-        group = groups.setdefault((decay, scale), {"params": [], "names": [], "wd_scale": decay, "lr_scale": scale})
+        fresh = {"params": [], "names": [], "wd_scale": decay, "lr_scale": scale, "backbone": backbone}
+        group = groups.setdefault((decay, scale, backbone), fresh)
         group["params"].append(p)
         group["names"].append(name)
     return list(groups.values())
@@ -43,16 +44,23 @@ def create_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> t
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, fused=True)
+        sgd = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, fused=True)
+        if config.momentum:  # torch leaves the buffer uninitialised if the very first step is refused
+            for group in groups:
+                for p in group["params"]:
+                    sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return sgd
     from timm.optim import Lars
 
     return Lars(groups, lr=0.0, momentum=config.momentum, trust_coeff=0.001)
 
 
-def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """This step's learning rate and weight decay in every group."""
+def set_hyperparameters(
+    optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, freeze_backbone: bool = False
+) -> None:
+    """This step's learning rate and weight decay in every group; freeze_backbone: 0 for the backbone's groups."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = 0.0 if freeze_backbone and group["backbone"] else lr * group["lr_scale"]
         group["weight_decay"] = weight_decay * group["wd_scale"]
 
 

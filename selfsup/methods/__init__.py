@@ -1,0 +1,44 @@
+"""Methods by name. Adding one: write `selfsup/methods/NAME.py` with a class as `contract.Method` says, and a row here."""
+
+import importlib
+from typing import Any
+
+import torch
+
+from selfsup.config import Config, MethodConfig, suggest, validate
+from selfsup.errors import UserError
+
+METHODS = {
+    "dino": "selfsup.methods.dino:DINO",
+}
+
+
+def find(name: str) -> type:
+    """The class of a method: a name from METHODS, or `package.module:Class` from outside the tree."""
+    target = METHODS.get(name, name)
+    module, colon, attribute = target.partition(":")
+    if not colon:
+        raise UserError(f"method.name={name!r}{suggest(name, METHODS)}; known: {', '.join(METHODS)}, or package.module:Class")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"method.name={name!r}: cannot be imported: {error}") from None
+    if not isinstance(found, type):
+        raise UserError(f"method.name={name!r} is a {type(found).__name__}, not a class")
+    return found
+
+
+def complete(config: Config) -> Config:
+    """`config` with the method's options validated and their defaults filled in."""
+    kind: Any = find(config.method.name)
+    options = validate(kind.Options, config.method.options, where="configuration", prefix="method.")
+    section = MethodConfig(name=config.method.name, **options.model_dump(mode="json"))
+    return config.model_copy(update={"method": section})
+
+
+def create(config: Config) -> Any:
+    """The method of a completed configuration, with weights that depend on `seed` alone."""
+    kind: Any = find(config.method.name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return kind(config, kind.Options.model_validate(config.method.options))

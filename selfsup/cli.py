@@ -1,0 +1,193 @@
+"""The `selfsup` command. Each subcommand imports what it needs when it runs, so that help is immediate."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from selfsup import config as configuration
+from selfsup.errors import EarlyStop, UserError
+
+app = typer.Typer(
+    help="Train visual backbones without labels and by distillation; evaluate them; take them away.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as in data=FOLDER optimizer.lr=1e-3 steps=50.")
+]
+PrintConfig = Annotated[bool, typer.Option("--print-config", help="Show the resolved configuration and stop.")]
+
+EVALUATIONS = {
+    "knn": "weighted k-nearest neighbours on frozen features (DINO's protocol)",
+    "linear": "linear probe on frozen features: a grid of learning rates, layers and poolings in one pass",
+}
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="Folder for the run, its pictures and its table.")] = Path("runs/demo"),
+) -> None:
+    """The whole story on bundled real images: train DINO, evaluate, draw, export. CPU, minutes."""
+    from selfsup.eval.demo import run_demo
+    from selfsup.eval.periodic import knn_callable
+    from selfsup.train import train as trainer
+
+    config = configuration.load("demo", overrides or [])
+    run_demo(config, out, lambda c, path: trainer(c, out=path, evaluate=knn_callable(c, path)))
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A built-in recipe (see `selfsup recipes`) or a YAML file.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder; default runs/RECIPE.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    print_config: PrintConfig = False,
+) -> None:
+    """Train as a recipe says: a plain process, under torchrun, or under SLURM. Exits 75 when stopped early and resumable."""
+    config = configuration.load(recipe, overrides or [])
+    from selfsup import methods, runtime
+
+    if print_config:
+        typer.echo(configuration.dump(methods.complete(runtime.resolve(config))), nl=False)
+        return
+    out = out or _default_folder(recipe, resume)
+    evaluate = None
+    if config.eval.every:
+        from selfsup.eval.periodic import knn_callable
+
+        evaluate = knn_callable(config, out)
+    from selfsup.train import train as trainer
+
+    result = trainer(config, out=out, resume=resume, evaluate=evaluate)
+    from selfsup import dist
+
+    if dist.is_main():
+        typer.echo(f"done: {result.steps} steps; the backbone is in {out / 'backbone'}; next: selfsup eval knn {out}")
+
+
+def _default_folder(recipe: str, resume: bool) -> Path:
+    if resume:
+        raise UserError("--resume needs --out RUN: the folder of the run to go on with")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("several processes need --out RUN: the folder they share")
+    name = Path(recipe).stem
+    folder, n = Path("runs") / name, 1
+    while folder.exists():
+        n += 1
+        folder = Path("runs") / f"{name}-{n}"
+    return folder
+
+
+@app.command(name="eval")
+def evaluate(
+    task: Annotated[str, typer.Argument(help="; ".join(f"{k}: {v}" for k, v in EVALUATIONS.items()) + ".")],
+    target: Annotated[str, typer.Argument(help="Run, RUN@student, backbone folder or checkpoint; `pixels`; `random:RUN`.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Result file; default RUN/eval/TASK.json.")] = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Evaluate a backbone: `selfsup eval knn RUN data=FOLDER`."""
+    if task not in EVALUATIONS:
+        raise UserError(f"eval {task!r}{configuration.suggest(task, EVALUATIONS)}; known: {', '.join(EVALUATIONS)}")
+    import importlib
+
+    module: Any = importlib.import_module(f"selfsup.eval.{task}")
+    if print_config:
+        typer.echo(configuration.dump(module.resolve(target, overrides or [])), nl=False)
+        return
+    module.run(target, overrides or [], out)
+
+
+@app.command()
+def export(
+    target: Annotated[str, typer.Argument(help="Run, RUN@student, backbone folder or checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Folder (timm) or file (onnx) to write.")],
+    format: Annotated[str, typer.Option(help="timm or onnx.")] = "timm",
+) -> None:
+    """Write a backbone for others: a folder that timm.create_model("local-dir:OUT", pretrained=True) loads, or ONNX."""
+    if format not in ("timm", "onnx"):
+        raise UserError(f"--format {format!r}: known are timm and onnx")
+    from selfsup.backbones import export as exporting
+    from selfsup.backbones import load_backbone
+
+    backbone = load_backbone(target)
+    if format == "timm":
+        exporting.export_timm(backbone, out)
+        difference = exporting.timm_parity(backbone, out)
+        typer.echo(f'{out}: timm.create_model("local-dir:{out}", pretrained=True); largest difference to ours {difference:g}')
+    else:
+        difference = exporting.export_onnx(backbone, out)
+        typer.echo(f"{out}: largest difference to ours {difference:.2e}")
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show this recipe's text.")] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Only those that run in minutes on two cores.")] = False,
+    names: Annotated[bool, typer.Option("--names", help="Names alone.")] = False,
+) -> None:
+    """List the built-in recipes, one a line."""
+    known = configuration.recipe_texts()
+    if name is not None:
+        if name not in known:
+            raise UserError(f"no recipe {name!r}{configuration.suggest(name, known)}; known: {', '.join(known)}")
+        typer.echo(known[name], nl=False)
+        return
+    for key, text in known.items():
+        if demo and not (key == "demo" or key.endswith("_demo")):
+            continue
+        first = text.splitlines()[0].removeprefix("#").strip()
+        typer.echo(key if names else f"{key:24} {first}")
+
+
+def main() -> None:
+    """Entry point: exit codes as the README lists them."""
+    # with a busy neighbour, OpenMP's default spinning makes small models many times slower; must precede torch
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    code = 0
+    try:
+        code = app(standalone_mode=False) or 0
+    except EarlyStop as stop:
+        print(stop, file=sys.stderr)
+        code = 75
+    except UserError as error:
+        print(f"selfsup: {error}", file=sys.stderr)
+        code = 2
+    except typer.Exit as exit_:
+        code = exit_.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except Exception as error:
+        import traceback
+
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
+            print(f"selfsup: {error.format_message()}", file=sys.stderr)  # a wrong option or argument
+            code = 2
+        else:
+            traceback.print_exc()
+            code = 1
+    _leave(code)
+
+
+def _leave(code: int) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch.distributed" in sys.modules:
+        from selfsup import dist
+
+        if code in (0, 75):  # every rank comes here; after an error on one rank the others may not
+            dist.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # interpreter shutdown can abort with collectives' threads alive
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

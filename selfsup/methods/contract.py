@@ -1,0 +1,78 @@
+"""What the trainer expects of a method, and what it hands to it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from selfsup.backbones import Backbone
+from selfsup.config import Config, Section
+from selfsup.data.views import View
+from selfsup.schedules import Plan, Schedule
+
+
+@dataclass(frozen=True)
+class ViewBatch:
+    """One micro-batch on the training device."""
+
+    images: list[Tensor]
+    """One entry a kind of view, float, normalised: [views of this kind, B, C, S, S]."""
+    positions: Tensor
+    """Place of each image in the global batch, int64 [B]: what drop path and masks are keyed by."""
+    labels: Tensor
+    """int64 [B], -1 where there is none."""
+    ids: Tensor
+    """Index in the data set, int64 [B]."""
+    step: int
+    global_batch: int
+
+    def keys(self, kind: int, first_view: int = 0) -> Tensor:
+        """A number for each image of `images[kind]`, flattened [views * B], unique in the global batch.
+
+        first_view: the number of views of the kinds before it.
+        """
+        views = self.images[kind].shape[0]
+        view = first_view + torch.arange(views, device=self.positions.device)  # [views]
+        return (view[:, None] * self.global_batch + self.positions).reshape(-1)  # [views, B] -> [views * B]
+
+
+class Method(Protocol):
+    """An nn.Module that owns its student, teacher and buffers. Methods share functions, not parents.
+
+    The trainer calls, in this order: `views` once; each step `forward` for every micro-batch, the backward pass of its
+    "loss", and `after_step` once the optimizer has moved. `export` is the backbone that evaluation and users get.
+    """
+
+    Options: ClassVar[type[Section]]
+    """The schema of `method.<option>`."""
+
+    batch_statistics: bool
+    """Whether images of a batch influence one another (batch norm): accumulation then is not the large batch."""
+
+    def __init__(self, config: Config, options: Any) -> None: ...
+
+    def views(self) -> list[View]:
+        """What the loader must produce."""
+        ...
+
+    def schedules(self, plan: Plan) -> dict[str, Schedule]:
+        """Schedules besides 'lr' and 'wd', by name; their values are in `s` and in the log."""
+        ...
+
+    def forward(self, batch: ViewBatch, s: Mapping[str, float]) -> dict[str, Tensor]:
+        """{"loss": scalar to differentiate, other names: scalars for the log; 'health/...' ones are monitored}."""
+        ...
+
+    def after_step(self, s: Mapping[str, float], ok: Tensor) -> None:
+        """Moving averages. ok: device scalar; where it is 0 the step was refused and nothing may move."""
+        ...
+
+    def export(self) -> Backbone:
+        """The backbone to evaluate and hand over."""
+        ...
+
+    def backbones(self) -> dict[str, Backbone]:
+        """Every backbone by role, for `RUN@role` targets: {'student': ..., 'teacher': ...}."""
+        ...

@@ -1,0 +1,184 @@
+"""DINO: self-distillation with no labels (Caron et al., 2021, "Emerging Properties in Self-Supervised Vision Transformers").
+
+The student sees all crops, the teacher (an EMA of the student, started from the same weights) the global ones. The
+student learns to give every crop the distribution over prototypes that the teacher gives to another crop of the same
+image. Centring and sharpening of the teacher's output keep it from collapsing. Algorithm 1 of the paper, in full.
+"""
+
+import contextlib
+import copy
+import math
+from collections.abc import Mapping
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from selfsup import dist
+from selfsup.backbones import Backbone, create_backbone
+from selfsup.backbones.stochastic import key_stochastic_layers
+from selfsup.config import Config, Duration, Positive, Probability, Section
+from selfsup.data.views import View, multicrop
+from selfsup.ema import ema_update
+from selfsup.errors import UserError
+from selfsup.heads import DINOHead
+from selfsup.losses.dino import at_least_float32, dino_loss, teacher_health, teacher_probabilities
+from selfsup.methods.contract import ViewBatch
+from selfsup.schedules import Plan, Schedule, cosine, linear
+
+Temperature = Annotated[float, Field(gt=0)]
+
+
+class Options(Section):
+    """Options of DINO; defaults are those of the published code."""
+
+    out_dim: Positive = 65536
+    """Prototypes, K."""
+    hidden_dim: Positive = 2048
+    bottleneck_dim: Positive = 256
+    head_layers: Positive = 3
+    head_batch_norm: bool = False
+    norm_last_layer: bool = True
+    """Keep the prototypes' scale at 1."""
+    momentum: Probability = 0.996
+    """Of the teacher; cosine to momentum_end."""
+    momentum_end: Probability = 1.0
+    student_temp: Temperature = 0.1
+    teacher_temp: Temperature = 0.04
+    warmup_teacher_temp: Temperature = 0.04
+    teacher_temp_warmup: Duration = "0 epochs"
+    """Linear from warmup_teacher_temp to teacher_temp."""
+    center_momentum: Probability = 0.9
+    freeze_last_layer: Duration = "1 epochs"
+    """The prototypes keep their initial values for this long."""
+
+
+class Network(nn.Module):
+    """Backbone and head."""
+
+    def __init__(self, backbone: Backbone, head: DINOHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+
+class DINO(nn.Module):
+    """Student, teacher and centre."""
+
+    Options = Options
+
+    center: Tensor
+    batch_sum: Tensor
+    batch_count: Tensor
+
+    def __init__(self, config: Config, options: Options) -> None:
+        super().__init__()
+        self.options = options
+        self._views = multicrop(config.views)
+        kinds = [crops for crops in (config.views.global_, config.views.local) if crops.count]
+        self.global_views = config.views.global_.count
+        if self.global_views < 1 or self.global_views + config.views.local.count < 2:
+            raise UserError(
+                f"views.global.count={self.global_views}, views.local.count={config.views.local.count}: "
+                "DINO compares different views; give at least one global view and two in all"
+            )
+        size = config.views.global_.size
+
+        def network(backbone_config: object) -> Network:
+            backbone = create_backbone(backbone_config, mean=config.mean, std=config.std, input_size=size)
+            head = DINOHead(
+                backbone.embed_dim,
+                options.out_dim,
+                hidden_dim=options.hidden_dim,
+                bottleneck_dim=options.bottleneck_dim,
+                layers=options.head_layers,
+                batch_norm=options.head_batch_norm,
+                norm_last_layer=options.norm_last_layer,
+            )
+            return Network(backbone, head)
+
+        self.student = network(config.backbone)
+        for crops in kinds:
+            self.student.backbone.check_size(crops.size)
+        still = {k: 0.0 for k in config.backbone.options if k.endswith(("drop_rate", "drop_path_rate"))}
+        self.teacher = network(config.backbone.model_copy(update=still))  # the teacher drops nothing
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False)
+        self.random = key_stochastic_layers(self.student, config.seed)
+        self.batch_statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.student.modules())
+
+        self.register_buffer("center", torch.zeros(options.out_dim))
+        # the teacher's outputs of the step so far: the centre moves once a step, over the whole global batch
+        self.register_buffer("batch_sum", torch.zeros(options.out_dim), persistent=False)
+        self.register_buffer("batch_count", torch.zeros(()), persistent=False)
+
+    def views(self) -> list[View]:
+        """Global crops, then local ones."""
+        return self._views
+
+    def schedules(self, plan: Plan) -> dict[str, Schedule]:
+        """Teacher momentum and temperature, and whether the prototypes are frozen (1 or 0)."""
+        o = self.options
+        freeze = plan.steps_of(o.freeze_last_layer)
+        return {
+            "momentum": cosine(o.momentum, o.momentum_end, plan.steps),
+            "teacher_temp": linear(o.warmup_teacher_temp, o.teacher_temp, plan.steps_of(o.teacher_temp_warmup)),
+            "freeze_last_layer": lambda step: float(step < freeze),
+        }
+
+    def forward(self, batch: ViewBatch, s: Mapping[str, float]) -> dict[str, Tensor]:
+        """See `contract.Method.forward`. images: global [G, B, C, S, S] and, if there are any, local [L, B, C, s, s]."""
+        views, size = len(self._views), batch.positions.shape[0]
+
+        with torch.no_grad():
+            images = batch.images[0]  # [G, B, C, S, S]
+            features = self.teacher.backbone(images.flatten(0, 1)).pooled  # [G*B, D]
+            t = self.teacher.head(features).unflatten(0, (self.global_views, size))  # [G, B, K]
+            t = at_least_float32(t)
+            q = teacher_probabilities(t, self.center, s["teacher_temp"])  # [G, B, K]
+            self.batch_sum += t.sum(dim=(0, 1))
+            self.batch_count += t.shape[0] * t.shape[1]
+
+        pooled = []
+        seen = 0
+        for kind, images in enumerate(batch.images):  # one forward pass a resolution
+            keys = batch.keys(kind, seen)
+            with contextlib.nullcontext() if self.random is None else self.random.at(batch.step, keys):
+                pooled.append(self.student.backbone(images.flatten(0, 1)).pooled)  # [views*B, D]
+            seen += images.shape[0]
+        z = self.student.head(torch.cat(pooled), frozen_prototypes=s["freeze_last_layer"] > 0)  # [V*B, K]
+        loss = dino_loss(z.unflatten(0, (views, size)), q, self.options.student_temp)
+
+        with torch.no_grad():
+            entropy, information = teacher_health(q)
+            unit = F.normalize(at_least_float32(pooled[0]), dim=-1)  # [G*B, D]
+            spread = unit.std(dim=0).mean() * unit.shape[1] ** 0.5
+        return {
+            "loss": loss,
+            "health/teacher_entropy": entropy,
+            "health/information": information,
+            "health/kl": loss.detach() - entropy * math.log(q.shape[-1]),
+            "health/feature_std": spread,
+        }
+
+    @torch.no_grad()
+    def after_step(self, s: Mapping[str, float], ok: Tensor) -> None:
+        """EMA of the teacher; EMA of the centre from the mean over the global batch (equation 4)."""
+        ema_update(self.teacher, self.student, s["momentum"], ok)
+        dist.all_reduce_(self.batch_sum)
+        dist.all_reduce_(self.batch_count)
+        mean = self.batch_sum / self.batch_count
+        moved = torch.lerp(mean, self.center, self.options.center_momentum)
+        self.center.copy_(torch.where(ok > 0, moved, self.center))
+        self.batch_sum.zero_()
+        self.batch_count.zero_()
+
+    def export(self) -> Backbone:
+        """A copy of the teacher's backbone in eval mode."""
+        return copy.deepcopy(self.teacher.backbone).eval()
+
+    def backbones(self) -> dict[str, Backbone]:
+        """Student and teacher."""
+        return {"student": self.student.backbone, "teacher": self.teacher.backbone}

@@ -1,0 +1,120 @@
+"""Every step's figures: kept on the device, brought to the host at logging steps, one line a step."""
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfsup import dist
+from selfsup.config import Config
+from selfsup.errors import UserError
+from selfsup.health import ADVICE, CollapseMonitor
+from selfsup.log import MetricsLog, Progress, TensorBoard
+from selfsup.schedules import Plan
+
+SLOW_DATA = 0.2
+"""Part of the time spent waiting for data above which the run says what to change."""
+
+
+class Recorder:
+    """Buffers device scalars; `flush` averages them over ranks, judges them, and writes them."""
+
+    def __init__(self, out: Path, step: int, plan: Plan, progress: Progress, monitor: CollapseMonitor, config: Config) -> None:
+        self._plan, self._progress, self._monitor, self._config = plan, progress, monitor, config
+        self._log = MetricsLog(out / "metrics.jsonl", step) if dist.is_main() else None
+        self._board = TensorBoard(out / "tensorboard", step) if dist.is_main() and config.tensorboard else None
+        self._pending: list[tuple[int, dict[str, float], list[str], Tensor]] = []
+        self._since, self._waited = time.monotonic(), 0.0
+        self._warned_data = False
+        self._named: str | None = None
+        self._windows = 0
+
+    def data_wait(self, seconds: float) -> None:
+        """Time that the step just begun waited for its batch."""
+        self._waited += seconds
+
+    def record(self, step: int, schedules: Mapping[str, float], parts: Mapping[str, Tensor]) -> None:
+        """Figures of a finished step; nothing is copied to the host."""
+        names = list(parts)
+        self._pending.append((step, dict(schedules), names, torch.stack([parts[n].double() for n in names])))
+
+    def flush(self, evaluations: Mapping[str, float] | None = None, last: bool = False) -> None:
+        """Write the buffered steps; `evaluations` belong to the newest. Every rank calls it at the same steps.
+
+        Raises UserError when too many steps in a row were refused because loss or gradients were not finite.
+        """
+        if not self._pending:
+            return
+        values = torch.stack([p[3] for p in self._pending])  # [steps, figures]
+        ranks = dist.all_gather(values[None])  # [ranks, steps, figures]; summed in rank order, so always alike
+        table = (ranks.sum(0) / ranks.shape[0]).cpu().tolist()
+        records = [self._line(step, s, dict(zip(names, row))) for (step, s, names, _), row in zip(self._pending, table)]
+        self._pending = []
+
+        elapsed = time.monotonic() - self._since
+        newest = records[-1]
+        newest["img_per_s"] = round(len(records) * self._config.global_batch / max(elapsed, 1e-9), 2)
+        newest["data_wait"] = round(min(1.0, self._waited / max(elapsed, 1e-9)), 4)
+        newest["time"] = round(time.time(), 3)
+        if evaluations:
+            newest["eval"] = dict(evaluations)
+        if self._log is not None:
+            self._log.write(records)
+        if self._board is not None:
+            for record in records:
+                self._board.write(record)
+        self._say(records, last)
+        self._since, self._waited = time.monotonic(), 0.0
+        if (row := newest.get("refused_in_row", 0)) >= self._config.max_nonfinite:
+            bad = [k for k in ("loss", "grad_norm") if isinstance(v := newest.get(k), float) and not math.isfinite(v)]
+            raise UserError(
+                f"{' and '.join(bad) or 'loss'} not finite for {row} steps in a row (max_nonfinite={self._config.max_nonfinite}), "
+                f"up to step {newest['step']}; weights are those before them. Lower optimizer.base_lr, or use precision=fp32"
+            )
+
+    def _line(self, step: int, schedules: Mapping[str, float], parts: dict[str, float]) -> dict[str, Any]:
+        refused = round(parts.pop("refused"))
+        health: dict[str, Any] = {k.removeprefix("health/"): parts.pop(k) for k in list(parts) if k.startswith("health/")}
+        health["state"] = self._monitor.judge(step, health)
+        line = {"step": step, "epoch": self._plan.epoch(step), "samples": step * self._plan.global_batch, **parts, **schedules}
+        line["health"] = health
+        if refused:
+            line["refused_in_row"] = refused
+        return line
+
+    def _say(self, records: list[dict[str, Any]], last: bool) -> None:
+        newest = records[-1]
+        self._windows += 1
+        refused = [r["step"] for r in records if "refused_in_row" in r]
+        if refused:
+            self._progress.note(f"step {refused[-1]}: loss or gradients not finite; {len(refused)} step(s) refused, weights unchanged")
+        state = newest["health"]["state"]
+        if state != "ok" and state != self._named:
+            self._progress.note(f"step {newest['step']}: {state}: {ADVICE.get(state, '')}")
+        self._named = state
+        if newest["data_wait"] > SLOW_DATA and not self._warned_data and self._windows > 3:
+            self._warned_data = True
+            self._progress.note(
+                f"{newest['data_wait']:.0%} of the time is spent waiting for data: raise workers={self._config.workers}, "
+                "or store smaller images"
+            )
+        figures = f"loss {newest['loss']:.4f}  lr {newest['lr']:.2e}  {newest['img_per_s']:.0f} img/s  wait {newest['data_wait']:.0%}"
+        for name, value in newest.get("eval", {}).items():
+            figures += f"  {name} {value:.4f}"
+        self._progress.show(newest["step"], figures, last or "eval" in newest)
+
+    def sync(self) -> None:
+        """Log lines to the disk."""
+        if self._log is not None:
+            self._log.sync()
+
+    def close(self) -> None:
+        """Close the files; figures not flushed are of steps that a resume will do again."""
+        if self._log is not None:
+            self._log.close()
+        if self._board is not None:
+            self._board.close()

@@ -1,0 +1,82 @@
+"""A run folder: who may write to it, what is in it, and whether a configuration may resume it."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from selfsup import checkpoint, config as configuration
+from selfsup.config import Config
+from selfsup.errors import UserError
+
+FREE = ("workers", "checkpoint", "eval", "stop_at", "log_every", "tensorboard")
+"""Keys that may change on resume."""
+
+RESOLVED = ("precision", "device", "deterministic", "threads")
+"""Keys that 'auto' or null takes over from the run."""
+
+
+def prepare(out: Path, resume: bool) -> None:
+    """Make the folder; refuse one that holds a run unless it is to be resumed."""
+    if (out / "config.yaml").exists() and not resume:
+        raise UserError(f"--out {out} already holds a run; add --resume to go on with it, or name another folder")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".tmp-probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written: {error.strerror or error}; name a folder you may write to") from None
+
+
+def stored_config(out: Path) -> Config | None:
+    """The configuration of the run in this folder, or None."""
+    path = out / "config.yaml"
+    if not path.is_file():
+        return None
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    return configuration.validate(Config, values or {}, where=str(path))
+
+
+def write_config(out: Path, config: Config) -> None:
+    """RUN/config.yaml, itself a recipe."""
+    checkpoint.write_atomically(out / "config.yaml", configuration.dump(config))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            out.update(_flat(value, f"{prefix}{key}."))
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def adopt(config: Config, stored: Config) -> Config:
+    """`config` with what it leaves to 'auto' taken from the run that is resumed."""
+    update = {key: getattr(stored, key) for key in RESOLVED if getattr(config, key) in (None, "auto")}
+    return config.model_copy(update=update)
+
+
+def check_resume(config: Config, stored: Config) -> list[str]:
+    """Announcements of allowed changes; raises UserError for a change that would make it another run."""
+    new, old = _flat(config.model_dump(mode="json", by_alias=True)), _flat(stored.model_dump(mode="json", by_alias=True))
+    notes = []
+    for key in sorted(new.keys() | old.keys()):
+        before, after = old.get(key), new.get(key)
+        if before == after or key.split(".")[0] in FREE:
+            continue
+        grows = key in ("steps", "epochs", "samples") and before is not None and after is not None and after > before
+        if not grows:
+            raise UserError(
+                f"{key}={after!r} differs from the run's {before!r}: a resume keeps everything but "
+                f"{', '.join(FREE)} and a longer duration; start a new run with --out, or drop the change"
+            )
+        notes.append(f"{key} grows from {before} to {after}: schedules follow the new length")
+    return notes

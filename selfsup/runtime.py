@@ -1,0 +1,107 @@
+"""What the machine gives: device, precision, threads, determinism. Settings are put back when training ends."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from selfsup import dist
+from selfsup.config import Config
+from selfsup.errors import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """'auto', 'cpu' or 'cuda' -> this rank's device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("device=cuda: torch sees no CUDA device here; use device=cpu or device=auto")
+        _, _, local, _ = dist.env_world()
+        if local >= torch.cuda.device_count():
+            raise UserError(f"local rank {local} has no GPU: torch sees {torch.cuda.device_count()}; start fewer processes a node")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products run in hardware: a GPU since Ampere, a CPU with AMX or AVX-512 bf16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = next((line for line in file if line.startswith("flags")), "").split()
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """'auto' -> 'bf16' where the hardware has it, else 'fp32'."""
+    if name == "auto":
+        return "bf16" if has_fast_bf16(device) else "fp32"
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
+    return name
+
+
+def pick_threads(threads: int | None) -> int:
+    """Compute threads of this process: its CPUs shared among the ranks on this host. Independent of loader workers."""
+    if threads is not None:
+        return threads
+    _, _, _, local_world = dist.env_world()
+    return max(1, len(os.sched_getaffinity(0)) // local_world)
+
+
+def resolve(config: Config) -> Config:
+    """`config` with 'auto' and null replaced by what will be used."""
+    device = pick_device(config.device)
+    return config.model_copy(
+        update={
+            "device": device.type,
+            "precision": pick_precision(config.precision, device),
+            "threads": pick_threads(config.threads),
+            "deterministic": device.type == "cpu" if config.deterministic is None else config.deterministic,
+        }
+    )
+
+
+@contextlib.contextmanager
+def settings(config: Config) -> Iterator[None]:
+    """Threads and kernel choices of a resolved configuration, for the duration of a run."""
+    threads = torch.get_num_threads()
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    benchmark = torch.backends.cudnn.benchmark
+    assert config.threads is not None
+    torch.set_num_threads(config.threads)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=config.device == "cpu")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not config.deterministic
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(was_deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = benchmark
+
+
+def autocast(config: Config) -> Any:
+    """The autocast context of a resolved configuration."""
+    if config.precision in ("bf16", "fp16"):
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float16
+        return torch.autocast(config.device, dtype=dtype)
+    return contextlib.nullcontext()
+
+
+def fingerprint() -> dict[str, Any]:
+    """What bitwise equality depends on beside the configuration: kernels and their versions."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
+    return {"torch": torch.__version__, "kernels": device, "world_size": dist.world(), "threads": torch.get_num_threads()}
