@@ -14,22 +14,10 @@ FOLDERS = {"selfsup": ROOT / "selfsup", "selfsup.eval": ROOT / "eval", "selfsup.
 
 # A part may import parts of its own level and below, except as FORBIDDEN says.
 LEVELS = [
-    {
-        "errors",
-        "config",
-        "randomness",
-        "schedules",
-        "dist",
-        "ema",
-        "heads",
-        "losses",
-        "optim",
-        "checkpoint",
-        "log",
-        "health",
-    },
+    {"errors", "config", "randomness", "schedules", "dist", "ema", "heads", "losses", "optim"},
+    {"checkpoint", "log", "health", "runtime", "runfolder", "signals", "recorder"},
     {"backbones", "data"},
-    {"methods", "recipes"},
+    {"methods", "recipes", "initialise"},
     {"train"},
     {"eval", "launch"},
     {"cli", "demo"},
@@ -285,7 +273,7 @@ main()
         (["--help"], 0, "train"),
         (["train", "--help"], 0, "RECIPE"),
         (["recipes", "--names"], 0, "dino_vits16"),
-        (["train", "demo", "--print-config"], 0, "global_batch"),
+        (["recipes", "demo"], 0, "global_batch"),
         (["train", "demo", "--print-config", "globl_batch=3"], 2, "global_batch"),
     ],
 )

@@ -1,0 +1,157 @@
+"""The measuring protocol itself, and one real comparison small enough for a test."""
+
+import json
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import present, protocol, run
+from benchmarks.equality import compare
+from benchmarks.protocol import Result
+from benchmarks.rows import ROWS, Row, initial_state, normalised
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = Row(
+    name="tiny",
+    title="a step for tests",
+    peers=("lightly",),
+    backbone="vit_tiny_patch16_224",
+    backbone_options={"img_size": 32, "patch_size": 8, "depth": 2},
+    batch=2,
+    global_size=32,
+    local_size=16,
+    locals=2,
+    out_dim=256,
+    hidden_dim=64,
+    bottleneck_dim=32,
+)
+
+
+def test_order_is_abba_with_a_control_in_turn():
+    order = [who for who, _ in protocol.interleave(4)]
+    assert "".join(order) == "ABBA" + "ACCA" + "ABBA" + "ACCA"
+    assert [who for who, _ in protocol.interleave(3)].count("B") == 3
+
+
+def test_drift_falls_on_both_sides():
+    """A machine that slows down by 1 % a measurement: plain A B A B pairs would be off by that, these are not."""
+    clock = iter(range(10_000))
+
+    def timer(seconds: float):
+        return lambda: seconds * (1 + 0.01 * next(clock))
+
+    versus, control = protocol.measure({"A": timer(1.0), "B": timer(2.0), "C": timer(1.0)}, pairs=16)
+    result = protocol.summarise(Result("x", "y"), versus, control)
+    assert result.ratio == pytest.approx(2.0, rel=3e-3)
+    assert result.aa == pytest.approx(1.0, abs=3e-3)
+    assert result.low <= result.ratio <= result.high
+    assert result.claim.startswith("at least 1.9")
+
+
+def test_bootstrap_covers_the_median():
+    """The 95 % interval of 16 noisy ratios holds the true median about 95 times of 100."""
+    draw = random.Random(1)
+    hits = 0
+    for trial in range(200):
+        values = [1.5 * draw.lognormvariate(0, 0.1) for _ in range(16)]
+        low, high = protocol.bootstrap(values, resamples=400, seed=trial)
+        hits += low <= 1.5 <= high
+    assert 180 <= hits <= 200
+    assert protocol.bootstrap([1.2] * 15) == (1.2, 1.2)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "low", "high", "aa", "pairs", "expected"),
+    [
+        (1.5, 1.4, 1.6, 1.06, 16, "too noisy, nothing claimed"),
+        (1.5, 1.4, 1.6, 0.94, 16, "too noisy, nothing claimed"),
+        (1.5, 1.4, 1.6, 1.00, 14, "14 pairs are too few"),
+        (1.5, 1.4, 1.6, 1.04, 15, "at least 1.40x"),
+        (1.0, 0.9, 1.1, 1.00, 15, "no difference shown"),
+        (0.8, 0.7, 0.9, 1.00, 15, "slower: at most 0.90x"),
+    ],
+)
+def test_what_may_be_claimed(ratio, low, high, aa, pairs, expected):
+    assert protocol.claim(ratio, low, high, aa, pairs).startswith(expected)
+
+
+def test_unequal_steps_are_seen():
+    torch.manual_seed(0)
+    a = {"w": torch.randn(8, 8), "blocks.0.attn.qkv.bias": torch.randn(12)}
+    assert compare(1.0, a, 1.0, {k: v.clone() for k, v in a.items()}).within("fp32")
+    rounding = {k: v * (1 + 1e-7) for k, v in a.items()}
+    assert compare(1.0, a, 1.0 + 1e-7, rounding).within("fp32")
+    wrong = {**a, "w": a["w"] * 1.001}
+    assert not compare(1.0, a, 1.0, wrong).within("fp32")
+    assert compare(1.0, a, 1.0, wrong).worst_name == "w"
+    assert not compare(1.0, a, 1.001, a).within("fp32")
+    keys = a["blocks.0.attn.qkv.bias"].clone()
+    keys[4:8] = 0  # the key third: rounding noise on both sides
+    assert compare(1.0, a, 1.0, {**a, "blocks.0.attn.qkv.bias": keys}).within("fp32")
+    with pytest.raises(ValueError, match="one side only"):
+        compare(1.0, a, 1.0, {"w": a["w"]})
+
+
+def test_rows_are_json_and_start_from_one_state():
+    for row in ROWS:
+        assert Row.from_dict(json.loads(json.dumps(row.to_dict()))) == row
+    first, second = initial_state(TINY), initial_state(TINY)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert first["global"].shape == (2, 2, 3, 32, 32) and first["local"].shape == (2, 2, 3, 16, 16)
+    crops = normalised(first["global"])
+    assert crops.dtype == torch.float32 and abs(float(crops.mean())) < 0.5 and 1 < float(crops.std()) < 1.6
+
+
+def test_step_against_lightly(tmp_path: Path):
+    """Processes, pipes, equality of loss and gradients, counts, memory, table and picture; too few pairs to claim."""
+    results = run.run([TINY], {}, threads=1, pairs=2)
+    (result,) = results
+    assert result.claim == "2 pairs are too few, nothing claimed" or result.claim.startswith("too noisy"), result
+    assert result.details["equality"]["loss"] < 1e-5 and result.details["equality"]["gradient"] < 1e-5
+    assert result.ratio > 0 and result.low <= result.high and result.aa > 0
+    assert 0 < result.gemm_fraction < 1 and result.peak_bytes > 1e6
+    assert result.details["flops"]["ours"] > 0
+    assert result.details["disclosures"]
+    present.table(results)
+    present.picture(results, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").stat().st_size > 5000
+    assert {"name", "peer", "ratio", "low", "high", "aa", "gemm_fraction", "peak_bytes"} <= result.json().keys()
+
+
+def test_a_wrong_step_is_never_timed(tmp_path: Path):
+    """Another learning problem on one side (a warmer teacher): refused before any timing."""
+    bench = run.Bench({}, 1, 2, tmp_path)
+    plain = bench.side
+
+    def warmer(name: str, row: Row, like: str):
+        return plain(name, replace(row, teacher_temp=0.06) if name == "lightly" else row, like)
+
+    bench.side = warmer  # type: ignore[method-assign]
+    result = bench.measure(TINY, "lightly")
+    assert result.claim.startswith("not the same step, nothing timed") and result.ratio is None
+
+
+def test_missing_peer_is_reported(tmp_path: Path):
+    assert "give a clone" in str(run.missing(ROWS[0], "dino", {}))
+    assert "no main_dino.py" in str(run.missing(ROWS[0], "dino", {"dino": str(tmp_path)}))
+    assert run.missing(ROWS[0], "lightly", {}) is None
+
+
+@pytest.mark.parametrize("wrong", [["--only", "stepp"], ["--peer", "solo=/x"], ["--pairs", "0"]])
+def test_bad_arguments(wrong: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        run.main(wrong)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert wrong[1] in said or "at least 1" in said
+
+
+def test_runs_as_a_script():
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--help"]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "--peer" in done.stdout, done.stderr
