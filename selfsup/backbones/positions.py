@@ -1,0 +1,113 @@
+"""Position embeddings at other image sizes: three ways to resample them, bicubic all.
+
+`size`: by output size, no antialiasing. `timm`: by output size, antialiased. `dino`: by the scale factor
+(h + 0.1) / H, no antialiasing: what DINO's and DINOv2's published models were trained with
+(facebookresearch/dino, vision_transformer.py, interpolate_pos_encoding; its issue 8 explains the 0.1).
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+PosInterp = Literal["size", "timm", "dino"]
+
+
+def _interpolate(x: Tensor, old: tuple[int, int], new: tuple[int, int], mode: PosInterp) -> Tensor:
+    """[1, C, H, W] -> [1, C, h, w]. An axis of one row stays one row, whatever the mode."""
+    if mode == "dino":
+        scale = tuple(1.0 if n == o == 1 else (n + 0.1) / o for n, o in zip(new, old, strict=True))
+        return F.interpolate(x, scale_factor=scale, mode="bicubic")
+    return F.interpolate(x, size=new, mode="bicubic", antialias=mode == "timm")
+
+
+def resize_matrix(old: int, new: int, mode: PosInterp, device: torch.device | None = None) -> Tensor:
+    """The linear map of one axis, [new, old], float64: resampling is separable."""
+    eye = torch.eye(old, dtype=torch.float64, device=device).reshape(1, old, old, 1)  # channel c: one at row c
+    return _interpolate(eye, (old, 1), (new, 1), mode)[0, :, :, 0].T  # [new, old]
+
+
+def resample_grid(grid: Tensor, size: tuple[int, int], mode: PosInterp, by_matrix: bool = False) -> Tensor:
+    """[1, H, W, D] -> [1, h, w, D] in float32 (float64 stays), returned in the dtype of `grid`.
+
+    by_matrix: two matrix products in place of `F.interpolate`, equal up to rounding; their backward is deterministic
+    on CUDA, where that of bicubic interpolation is not.
+    """
+    old = (grid.shape[1], grid.shape[2])
+    if old == size:
+        return grid
+    work = grid if grid.dtype == torch.float64 else grid.float()
+    if by_matrix:
+        with torch.no_grad():
+            rows, columns = (resize_matrix(o, n, mode, grid.device).to(work.dtype) for o, n in zip(old, size))
+        with torch.autocast(grid.device.type, enabled=False):
+            out = torch.einsum("ih,nhwd->niwd", rows, work)  # [1, h, W, D]
+            out = torch.einsum("jw,niwd->nijd", columns, out)  # [1, h, w, D]
+    else:
+        out = _interpolate(work.permute(0, 3, 1, 2), old, size, mode).permute(0, 2, 3, 1)
+    return out.to(grid.dtype)
+
+
+def resample_tokens(
+    pos: Tensor, old: tuple[int, int], new: tuple[int, int], mode: PosInterp, prefix: int, by_matrix: bool = False
+) -> Tensor:
+    """[1, prefix + H*W, D] -> [1, prefix + h*w, D]; the first `prefix` entries (CLS, ...) are kept as they are."""
+    if old == new:
+        return pos
+    grid = pos[:, prefix:].reshape(1, *old, pos.shape[-1])  # [1, H, W, D]
+    grid = resample_grid(grid, new, mode, by_matrix).reshape(1, -1, pos.shape[-1])  # [1, h*w, D]
+    return torch.cat([pos[:, :prefix], grid], dim=1)
+
+
+class _Resampled(nn.Module):
+    """Mixed into timm's ViT by `set_pos_interp`: the same `_pos_embed` with the resampling of `pos_interp`."""
+
+    pos_interp: PosInterp = "timm"
+
+    def _pos_embed(self: Any, x: Tensor) -> Tensor:
+        """[B, h, w, D] patches -> [B, prefix + h*w, D] tokens with positions."""
+        if self.pos_embed is None or not self.dynamic_img_size:
+            return super()._pos_embed(x)  # type: ignore[misc]
+        size = (x.shape[1], x.shape[2])
+        old = tuple(self.patch_embed.grid_size)
+        prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+        differentiable = self.training and torch.is_grad_enabled()
+        pos = resample_tokens(self.pos_embed, old, size, self.pos_interp, prefix, by_matrix=differentiable)
+        x = x.reshape(x.shape[0], -1, x.shape[-1])  # [B, h*w, D]
+        tokens = [getattr(self, key, None) for key in ("cls_token", "reg_token", "dist_token")]
+        first = [token.expand(x.shape[0], -1, -1) for token in tokens if token is not None]
+        if self.no_embed_class:
+            x = torch.cat([*first, x + pos], dim=1)
+        else:
+            x = torch.cat([*first, x], dim=1) + pos
+        return self.pos_drop(x)
+
+
+class ResampledViT(_Resampled, VisionTransformer):
+    """timm's VisionTransformer with a choice of position resampling."""
+
+
+class ResampledDistilledViT(_Resampled, VisionTransformerDistilled):
+    """timm's VisionTransformerDistilled with a choice of position resampling."""
+
+
+_PLAIN: dict[type[nn.Module], type[_Resampled]] = {
+    VisionTransformer: ResampledViT,
+    VisionTransformerDistilled: ResampledDistilledViT,
+}
+
+
+def set_pos_interp(model: nn.Module, mode: PosInterp) -> bool:
+    """Give this one model the resampling `mode`; False where its class brings a resampling of its own.
+
+    The class of the instance is changed to a subclass, so that copies and `isinstance` keep working.
+    """
+    if type(model) in _PLAIN:
+        model.__class__ = _PLAIN[type(model)]
+    if not isinstance(model, _Resampled):
+        return False
+    model.pos_interp = mode
+    return True
