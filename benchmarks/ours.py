@@ -60,8 +60,11 @@ class FixedCrops:
 def untouched(crops: Tensor) -> Tensor:
     """Parameters of views that are only normalised: crops [V, B, C, S, S] -> [V, B, P]."""
     size = float(crops.shape[-1])
-    vector = torch.as_tensor(np.asarray(ViewParams(box=(0.0, 0.0, size, size)).pack()), dtype=torch.float32)  # [P]
-    return vector.expand(*crops.shape[:2], -1).clone()
+    params = ViewParams(
+        x=0, y=0, w=size, h=size, hflip=0, vflip=0, order=-1, brightness=1, contrast=1, saturation=1, hue=0, gray=0,
+        sigma=0, solarize=-1,
+    )  # fmt: skip
+    return torch.from_numpy(params.pack()).expand(*crops.shape[:2], -1).clone()
 
 
 class TimedRun(train.Run):

@@ -143,7 +143,7 @@ class Dino:
         assert row.dino_arch is not None
         if not torch.cuda.is_available():
             torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
-            torch.cuda.synchronize = lambda *a, **k: None  # type: ignore[assignment]
+            torch.cuda.synchronize = lambda *a, **k: None
         utils.SmoothedValue.synchronize_between_processes = lambda self: None
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 

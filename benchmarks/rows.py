@@ -93,9 +93,9 @@ def initial_state(row: Row, seed: int = 0) -> dict[str, Tensor]:
     import timm
 
     torch.manual_seed(seed)
-    model = timm.create_model(row.backbone, num_classes=0, in_chans=row.channels, **row.backbone_options)
+    model: Any = timm.create_model(row.backbone, num_classes=0, in_chans=row.channels, **row.backbone_options)
     state = {f"backbone.{k}": v.detach().contiguous().clone() for k, v in model.state_dict().items()}
-    dims = [model.num_features, row.hidden_dim, row.hidden_dim, row.bottleneck_dim]
+    dims: list[int] = [int(model.num_features), row.hidden_dim, row.hidden_dim, row.bottleneck_dim]
     for layer, (a, b) in enumerate(itertools.pairwise(dims)):
         state[f"head.mlp.{2 * layer}.weight"] = torch.randn(b, a) * a**-0.5
         state[f"head.mlp.{2 * layer}.bias"] = torch.randn(b) * 0.02
