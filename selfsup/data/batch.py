@@ -1,0 +1,129 @@
+"""One micro-batch: from sample numbers to uint8 crops, in whichever process."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selfsup.data.base import Source
+from selfsup.data.decode import BadImage, Pixels
+from selfsup.data.sampler import Order, step_positions
+from selfsup.data.views import RESAMPLE, P, View, crop_box, draw, resolutions
+from selfsup.errors import UserError
+
+_PROBES = 1000
+_PIXELS_AT_ONCE = 16_000_000
+"""Decoded images are cropped and dropped as soon as they hold so many pixels."""
+
+
+@dataclass
+class Batch:
+    """What one rank computes in one micro-batch. B samples; V views of one resolution, C channels, S pixels."""
+
+    crops: list[Tensor]
+    """uint8 [V,B,C,S,S] for each resolution, views in order."""
+    params: list[Tensor]
+    """float32 [V,B,P] for each resolution: `ViewParams` rows."""
+    ids: Tensor
+    """int64 [B], numbers of the images in their source (of a bad image: the one that was asked for)."""
+    positions: Tensor
+    """int64 [B], places in the global batch."""
+    labels: Tensor
+    """int64 [B], -1 where there is none."""
+    bad: list[tuple[str, str]]
+    """Name and reason of every image that could not be read and was replaced."""
+
+    def pin_memory(self) -> "Batch":
+        """Crops in page-locked memory; the rest stays on the host and needs none."""
+        self.crops = [crops.pin_memory() for crops in self.crops]
+        return self
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which part of every global batch is computed here."""
+
+    global_batch: int
+    accumulate: int = 1
+    rank: int = 0
+    world: int = 1
+
+    def positions(self, micro: int) -> np.ndarray:
+        """int64 [B]: places in the global batch of this rank's micro-batch."""
+        return step_positions(
+            0, micro, self.rank, global_batch=self.global_batch, accumulate=self.accumulate, world=self.world
+        )
+
+
+class BatchMaker:
+    """(step, micro) -> Batch: a pure function of the source, the views, the seed and the split."""
+
+    def __init__(self, source: Source, views: Sequence[View], seed: int, split: Split) -> None:
+        self.source, self.seed, self.split = source, seed, split
+        self.groups = resolutions(views)
+        self.order = Order(len(source), seed)
+
+    def __call__(self, step: int, micro: int) -> Batch:
+        """The micro-batch `micro` of `step`. Raises UserError when too many images in a row cannot be read."""
+        positions = self.split.positions(micro)
+        epochs, ids = self.order.at(step * self.split.global_batch + positions)
+        channels, count = self.source.channels, len(ids)
+        crops = [np.empty((len(g), count, g[0].size, g[0].size, channels), np.uint8) for g in self.groups]
+        params = [np.empty((len(g), count, P), np.float32) for g in self.groups]
+        labels = np.full(count, -1, np.int64)
+        bad: list[tuple[str, str]] = []
+        known = self.source.labels
+        images: list[Pixels] = []
+        start = pixels = 0
+        for b, asked in enumerate(ids.tolist()):
+            image, found = self._read(asked, bad)
+            images.append(image)
+            labels[b] = -1 if known is None else known[found]
+            height, width = pixel_size(image)
+            pixels += height * width
+            if pixels >= _PIXELS_AT_ONCE or b == count - 1:
+                rows = slice(start, b + 1)
+                self._crop(images, epochs[rows], ids[rows], [c[:, rows] for c in crops], [p[:, rows] for p in params])
+                images, start, pixels = [], b + 1, 0
+        return Batch(
+            crops=[torch.from_numpy(c).permute(0, 1, 4, 2, 3) for c in crops],  # [V,B,S,S,C] -> [V,B,C,S,S], no copy
+            params=[torch.from_numpy(p) for p in params],
+            ids=torch.from_numpy(ids),
+            positions=torch.from_numpy(positions),
+            labels=torch.from_numpy(labels),
+            bad=bad,
+        )
+
+    def _read(self, asked: int, bad: list[tuple[str, str]]) -> tuple[Pixels, int]:
+        """The image asked for, or the next one that can be read, and its number."""
+        n = len(self.source)
+        for i in range(min(n, _PROBES)):
+            found = (asked + i) % n
+            try:
+                return self.source.read(found), found
+            except BadImage as error:
+                bad.append((self.source.name(found), str(error)))
+        name, reason = bad[-1]
+        raise UserError(f"data: {min(n, _PROBES)} images in a row cannot be read; the last is {name}: {reason}")
+
+    def _crop(
+        self, images: list[Pixels], epochs: np.ndarray, ids: np.ndarray, crops: list[np.ndarray], params: list[np.ndarray]
+    ) -> None:
+        """Fill crops [V,b,S,S,C] and params [V,b,P] of each resolution for b decoded images."""
+        sizes = np.array([pixel_size(image) for image in images])
+        for views, out, drawn in zip(self.groups, crops, params, strict=True):
+            for v, view in enumerate(views):
+                drawn[v] = draw(view, self.seed, epochs, ids, sizes)
+                resample, size = RESAMPLE[view.crops.interpolation], view.size
+                boxes = drawn[v, :, :6].astype(np.int64)
+                boxes[:, 2:4] += boxes[:, :2]  # width, height -> right, bottom
+                target = out[v]
+                for b, (left, top, right, bottom, hflip, vflip) in enumerate(boxes.tolist()):
+                    target[b] = crop_box(images[b], (left, top, right, bottom), hflip, vflip, (size, size), resample)
+
+
+def pixel_size(image: Pixels) -> tuple[int, int]:
+    """Height and width."""
+    return (image.shape[0], image.shape[1]) if isinstance(image, np.ndarray) else (image.height, image.width)

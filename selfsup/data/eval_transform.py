@@ -1,0 +1,103 @@
+"""Images for evaluation: the shorter side to a size, the centre, normalised; in order, nothing random."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from selfsup.data.base import Source
+from selfsup.data.batch import pixel_size
+from selfsup.data.decode import BadImage, Pixels
+from selfsup.data.loader import worker_options
+from selfsup.data.views import RESAMPLE, crop_box
+from selfsup.errors import UserError
+
+
+def eval_crop(image: Pixels, size: int, resize: int | None, interpolation: str = "bicubic", crop: bool = True) -> np.ndarray:
+    """One image as uint8 [size,size,C].
+
+    crop: the shorter side to `resize`, then the central square, as torchvision's Resize and CenterCrop of PIL images,
+    bit for bit (DINO: 256 bicubic, then 224). resize=None: the shorter side to `size`, so that an image that has the
+    size already stays as it is. crop=False: the whole image squeezed to the square.
+    """
+    height, width = pixel_size(image)
+    resample = RESAMPLE[interpolation]
+    if not crop:
+        return crop_box(image, (0, 0, width, height), False, False, (size, size), resample)
+    short = resize if resize is not None else size
+    if short < size:
+        raise UserError(f"resize={short} is smaller than size={size}; the shorter side must hold the central square")
+    if width <= height:
+        new_width, new_height = short, int(short * height / width)
+    else:
+        new_width, new_height = int(short * width / height), short
+    pixels = crop_box(image, (0, 0, width, height), False, False, (new_width, new_height), resample)
+    top, left = round((new_height - size) / 2), round((new_width - size) / 2)
+    return pixels[top : top + size, left : left + size]
+
+
+def eval_batches(
+    source: Source,
+    *,
+    size: int,
+    resize: int | None = None,
+    interpolation: str = "bicubic",
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int,
+    workers: int = 0,
+    indices: Sequence[int] | np.ndarray | None = None,
+    crop: bool = True,
+    on_bad: Callable[[str, str], None] | None = None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Images float32 [B,C,size,size], labels int64 [B] (-1: none) and indices int64 [B], in the order of `indices`.
+
+    The last batch may be smaller. An image that cannot be read is passed to `on_bad` as (name, reason) and left out;
+    without `on_bad` it raises UserError. Transform: see `eval_crop`.
+    """
+    chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
+    chunks = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+    images = _Chunks(source, chunks, size, resize, interpolation, crop)
+    scale = torch.tensor([1 / (255 * s) for s in std]).view(-1, 1, 1)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(-1, 1, 1)
+    if len(scale) != source.channels:
+        raise UserError(f"data.mean and data.std need {source.channels} values; seen {len(scale)}")
+    for pixels, labels, ids, bad in DataLoader(images, **worker_options(workers)):
+        for name, reason in bad:
+            if on_bad is None:
+                raise UserError(f"data: {name} cannot be read: {reason}")
+            on_bad(name, reason)
+        if len(ids):
+            yield torch.addcmul(shift, pixels.permute(0, 3, 1, 2).to(torch.float32), scale).contiguous(), labels, ids
+
+
+class _Chunks(Dataset[Any]):
+    """Item k is chunk k: uint8 [B,S,S,C], labels [B], indices [B], bad."""
+
+    def __init__(
+        self, source: Source, chunks: list[np.ndarray], size: int, resize: int | None, interpolation: str, crop: bool
+    ) -> None:
+        self.source, self.chunks = source, chunks
+        self.transform = (size, resize, interpolation, crop)
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, k: int) -> tuple[Tensor, Tensor, Tensor, list[tuple[str, str]]]:
+        size = self.transform[0]
+        pixels = np.empty((len(self.chunks[k]), size, size, self.source.channels), np.uint8)
+        good: list[int] = []
+        bad: list[tuple[str, str]] = []
+        for i in self.chunks[k].tolist():
+            try:
+                pixels[len(good)] = eval_crop(self.source.read(i), *self.transform)
+                good.append(i)
+            except BadImage as error:
+                bad.append((self.source.name(i), str(error)))
+        ids = np.array(good, dtype=np.int64)
+        known = self.source.labels
+        labels = np.full(len(ids), -1, np.int64) if known is None else known[ids]
+        return torch.from_numpy(pixels[: len(ids)]), torch.from_numpy(labels), torch.from_numpy(ids), bad

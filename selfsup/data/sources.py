@@ -1,0 +1,101 @@
+"""From `data=...` to a source of images."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selfsup.config import DataConfig, suggest
+from selfsup.data.archives import ZipSource
+from selfsup.data.base import Source
+from selfsup.data.decode import BadImage, Pixels
+from selfsup.data.files import FolderSource, ListSource
+from selfsup.errors import UserError
+
+__all__ = ["BadImage", "Pixels", "Source", "Subset", "open_source", "wrap_dataset"]
+
+_DEMO = Path(__file__).parent / "fashion"
+_DEMO_SPLITS = ("train", "val")
+
+
+def open_source(spec: str, *, channels: int, config: DataConfig | None = None) -> Source:
+    """The images that `data=SPEC` means, read with so many channels.
+
+    spec: a folder (flat, or with class folders), a .txt list, a .zip, `demo` or `demo:val` (bundled), or
+    `torchvision:NAME[:ROOT[:SPLIT]]`, `timm:NAME[:ROOT[:SPLIT]]`. Raises UserError when there is nothing to read.
+    """
+    config = config or DataConfig()
+    kind, _, rest = spec.partition(":")
+    if kind == "demo" and not os.path.exists(spec):
+        split = rest or "train"
+        if split not in _DEMO_SPLITS:
+            raise UserError(f"data={spec}: no such part of the demo images; write demo, demo:train or demo:val")
+        return ZipSource(str(_DEMO / f"{split}.zip"), channels, config, title=f"demo:{split}")
+    if kind in ("torchvision", "timm") and rest:
+        return _open_named(kind, rest, channels, config)
+    path = os.path.expanduser(spec)
+    if os.path.isdir(path):
+        return FolderSource(path, channels, config)
+    if not os.path.exists(path):
+        near = suggest(spec, ["demo", "demo:train", "demo:val", *_siblings(path)])
+        raise UserError(f"data={spec}: no such folder or file{near}; give a folder, a .txt list, demo, or torchvision:NAME:ROOT")
+    if path.lower().endswith(".txt"):
+        return ListSource(path, channels, config)
+    if path.lower().endswith(".zip"):
+        return ZipSource(path, channels, config)
+    raise UserError(f"data={spec}: a file that is neither a .txt list nor a .zip; give the folder that holds the images")
+
+
+def wrap_dataset(dataset: Any, *, channels: int, config: DataConfig | None = None, name: str | None = None) -> Source:
+    """A user's map-style data set as a source; see DatasetSource for what its items may be. A Source stays itself."""
+    if isinstance(dataset, Source):
+        return dataset
+    from selfsup.data.datasets import DatasetSource
+
+    return DatasetSource(dataset, channels, config or DataConfig(), name or type(dataset).__name__)
+
+
+class Subset(Source):
+    """Some images of another source, in a given order."""
+
+    def __init__(self, source: Source, indices: Sequence[int] | np.ndarray) -> None:
+        super().__init__(source.channels, source.config)
+        self.source, self.indices = source, np.asarray(indices, dtype=np.int64)
+        self.classes = source.classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, i: int) -> Pixels:
+        return self.source.read(int(self.indices[i]))
+
+    def name(self, i: int) -> str:
+        return self.source.name(int(self.indices[i]))
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        labels = self.source.labels
+        return None if labels is None else labels[self.indices]
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.source.fingerprint().encode() + self.indices.astype("<i8").tobytes()).hexdigest()
+
+
+def _open_named(kind: str, rest: str, channels: int, config: DataConfig) -> Source:
+    from selfsup.data import datasets
+
+    name, _, tail = rest.partition(":")
+    root, _, split = tail.rpartition(":") if tail.rpartition(":")[2] in ("train", "val", "test", "validation") else (tail, "", "")
+    opener = datasets.open_torchvision if kind == "torchvision" else datasets.open_timm
+    return opener(name, root or None, split or "train", channels, config)
+
+
+def _siblings(path: str) -> list[str]:
+    folder = os.path.dirname(path) or "."
+    try:
+        return [os.path.join(os.path.dirname(path), name) for name in sorted(os.listdir(folder))[:1000]]
+    except OSError:
+        return []

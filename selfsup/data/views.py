@@ -1,0 +1,193 @@
+"""Multi-crop: which views there are, what is drawn for each, and the crops themselves.
+
+Everything drawn is a pure function of (seed, epoch, image index, view number), through the 64-bit counter generator
+SplitMix64 (Steele et al., 2014), for a whole batch at once. The distributions are torchvision's RandomResizedCrop,
+RandomHorizontalFlip, ColorJitter, RandomGrayscale, and the blur and solarization of DINO's code (Caron et al., 2021,
+`main_dino.py`, DataAugmentationDINO; `utils.py`, GaussianBlur). Geometry happens here, on uint8 in the workers;
+`photometric` does the rest on the training device.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from selfsup.config import Crops, ViewsConfig
+from selfsup.data.decode import Pixels
+from selfsup.data.sampler import hash64
+from selfsup.errors import UserError
+from selfsup.randomness import mix
+
+ORDERS = tuple(itertools.permutations(range(4)))
+"""Orders of colour jitter by number; 0 brightness, 1 contrast, 2 saturation, 3 hue."""
+
+_TAG = 0xC80B
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_ATTEMPTS = 10  # as torchvision's RandomResizedCrop.get_params
+_I, _J, _HFLIP, _VFLIP, _JITTER, _FACTORS, _ORDER, _GRAY, _BLUR, _SIGMA, _SOLARIZE, _DRAWS = (
+    2 * _ATTEMPTS + k for k in (0, 1, 2, 3, 4, 5, 9, 10, 11, 12, 13, 14)
+)
+RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+class ViewParams(NamedTuple):
+    """What was drawn for one view; as a row of float32 it travels with the crop."""
+
+    x: float  # the box in pixels of the source: left, top, width, height
+    y: float
+    w: float
+    h: float
+    hflip: float  # 0 or 1
+    vflip: float
+    order: float  # index into ORDERS, or -1: no colour jitter
+    brightness: float  # factors as torchvision's adjust_*; 1 leaves the image alone
+    contrast: float
+    saturation: float
+    hue: float  # in turns, -0.5..0.5; 0 leaves the image alone
+    gray: float  # 0 or 1
+    sigma: float  # of the Gaussian blur in pixels of the crop; 0: none
+    solarize: float  # values at or above this are inverted; -1: none
+
+    def pack(self) -> np.ndarray:
+        """As float32 [P]."""
+        return np.array(self, dtype=np.float32)
+
+    @classmethod
+    def unpack(cls, row: Sequence[float] | np.ndarray) -> "ViewParams":
+        """From a row [P] of what `draw` returns."""
+        return cls(*(float(v) for v in row))
+
+
+P = len(ViewParams._fields)
+"""Length of a row of parameters."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One view of every image."""
+
+    name: str
+    crops: Crops
+    index: int
+    """Within its kind: selects from probabilities given one a view."""
+    number: int
+    """Among all views: part of the key of what is drawn."""
+    kind: str = "global"
+    """Consecutive views of one kind and size come in one tensor."""
+
+    @property
+    def size(self) -> int:
+        """Pixels, square."""
+        return self.crops.size
+
+
+def multicrop(views: ViewsConfig) -> list[View]:
+    """The global views, then the local ones."""
+    out: list[View] = []
+    for kind, crops in (("global", views.global_), ("local", views.local)):
+        out += [View(f"{kind}{i}", crops, i, len(out) + i, kind) for i in range(crops.count)]
+    if not out:
+        raise UserError("views.global.count=0 and views.local.count=0; at least one view is needed")
+    return out
+
+
+def resolutions(views: Sequence[View]) -> list[list[View]]:
+    """Consecutive views of one kind and size: one list for each tensor of a batch."""
+    return [list(group) for _, group in itertools.groupby(views, key=lambda view: (view.kind, view.size))]
+
+
+def uniforms(seed: int, epochs: np.ndarray, indices: np.ndarray, number: int, count: int) -> np.ndarray:
+    """float64 [B,count] in [0, 1): `count` draws for every (epoch, index) [B] and the view `number`."""
+    key = hash64(epochs.astype(np.uint64) * _GOLDEN + np.uint64(mix(seed, _TAG, number)))
+    state = hash64(indices.astype(np.uint64) * _GOLDEN + key)
+    bits = hash64(state[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
+    return (bits >> np.uint64(11)) * (1.0 / (1 << 53))
+
+
+def draw(view: View, seed: int, epochs: np.ndarray, indices: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """What is drawn for `view` of a batch: float32 [B,P], rows as ViewParams.
+
+    epochs, indices: int64 [B]. sizes: [B,2] height and width of each image. Row b depends on nothing but (seed,
+    epochs[b], indices[b], view, sizes[b]).
+    """
+    crops, u = view.crops, uniforms(seed, epochs, indices, view.number, _DRAWS)
+    out = np.zeros((len(u), P), dtype=np.float64)
+    out[:, :4] = _boxes(u, sizes.astype(np.float64), crops)
+    out[:, 4] = u[:, _HFLIP] < crops.hflip
+    out[:, 5] = u[:, _VFLIP] < crops.vflip
+    jitter = u[:, _JITTER] < crops.probability("jitter", view.index)
+    out[:, 6] = np.where(jitter, np.floor(u[:, _ORDER] * len(ORDERS)), -1)
+    for k, key in enumerate(("brightness", "contrast", "saturation")):
+        strength = getattr(crops, key)
+        low, high = max(0.0, 1.0 - strength), 1.0 + strength
+        out[:, 7 + k] = np.where(jitter, low + u[:, _FACTORS + k] * (high - low), 1.0)
+    out[:, 10] = np.where(jitter, (2 * u[:, _FACTORS + 3] - 1) * crops.hue, 0.0)
+    out[:, 11] = u[:, _GRAY] < crops.probability("grayscale", view.index)
+    low, high = crops.blur_sigma
+    blur = u[:, _BLUR] < crops.probability("blur", view.index)
+    out[:, 12] = np.where(blur, low + u[:, _SIGMA] * (high - low), 0.0)
+    solarize = u[:, _SOLARIZE] < crops.probability("solarize", view.index)
+    out[:, 13] = np.where(solarize, crops.solarize_threshold, -1)
+    return out.astype(np.float32)
+
+
+def _boxes(u: np.ndarray, sizes: np.ndarray, crops: Crops) -> np.ndarray:
+    """torchvision's RandomResizedCrop.get_params for a batch: [B,4] x, y, w, h."""
+    height, width = sizes[:, :1], sizes[:, 1:]  # [B,1]
+    (s0, s1), (r0, r1) = crops.scale, crops.ratio
+    area = height * width * (s0 + u[:, 0 : 2 * _ATTEMPTS : 2] * (s1 - s0))  # [B,attempts]
+    log0, log1 = np.log(r0), np.log(r1)
+    aspect = np.exp(log0 + u[:, 1 : 2 * _ATTEMPTS : 2] * (log1 - log0))
+    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (w > 0) & (h > 0) & (w <= width) & (h <= height)
+    first = np.argmax(fits, axis=1)[:, None]
+    w, h = np.take_along_axis(w, first, 1)[:, 0], np.take_along_axis(h, first, 1)[:, 0]  # [B]
+    height, width, found = height[:, 0], width[:, 0], fits.any(1)
+    x, y = np.floor(u[:, _J] * (width - w + 1)), np.floor(u[:, _I] * (height - h + 1))
+    # no attempt fitted: the largest centred box of an allowed aspect ratio
+    ratio = width / height
+    w2 = np.where(ratio > r1, np.clip(np.rint(height * r1), 1, width), width)
+    h2 = np.where(ratio < r0, np.clip(np.rint(width / r0), 1, height), height)
+    x2, y2 = np.floor((width - w2) / 2), np.floor((height - h2) / 2)
+    return np.stack([np.where(found, a, b) for a, b in ((x, x2), (y, y2), (w, w2), (h, h2))], axis=1)
+
+
+def sample_params(view: View, seed: int, epoch: int, index: int, height: int, width: int) -> ViewParams:
+    """What is drawn for `view` of one image of this size: a pure function."""
+    row = draw(view, seed, np.array([epoch]), np.array([index]), np.array([[height, width]]))[0]
+    return ViewParams.unpack(row)
+
+
+def crop(image: Pixels, params: ViewParams, size: int, interpolation: str = "bicubic") -> np.ndarray:
+    """The resized and flipped crop: uint8 [C,size,size] (a view of [size,size,C] in memory).
+
+    Equals torchvision's `resized_crop`, `hflip` and `vflip` of the PIL image bit for bit.
+    """
+    box = (int(params.x), int(params.y), int(params.x + params.w), int(params.y + params.h))
+    out = crop_box(image, box, params.hflip > 0, params.vflip > 0, (size, size), RESAMPLE[interpolation])
+    return out.transpose(2, 0, 1)  # [S,S,C] -> [C,S,S]
+
+
+def crop_box(
+    image: Pixels,
+    box: tuple[int, int, int, int],
+    hflip: bool,
+    vflip: bool,
+    size: tuple[int, int],
+    resample: Image.Resampling,
+) -> np.ndarray:
+    """As `crop`, from left, top, right, bottom to (width, height): uint8 [height,width,C]."""
+    if isinstance(image, np.ndarray):  # [H,W,C] of any C: channel by channel
+        left, top, right, bottom = box
+        planes = [Image.fromarray(np.ascontiguousarray(image[top:bottom, left:right, c])) for c in range(image.shape[2])]
+        pixels = np.stack([np.asarray(plane.resize(size, resample)) for plane in planes], axis=-1)
+    else:
+        if box != (0, 0, image.width, image.height):
+            image = image.crop(box)
+        if image.size != size:
+            image = image.resize(size, resample)
+        pixels = np.frombuffer(image.tobytes(), np.uint8).reshape(size[1], size[0], -1)
+    return pixels[:: -1 if vflip else 1, :: -1 if hflip else 1]
