@@ -10,12 +10,15 @@ from torch import Tensor
 from selfsup.data.base import Source
 from selfsup.data.decode import BadImage, Pixels
 from selfsup.data.sampler import Order, step_positions
-from selfsup.data.views import RESAMPLE, P, View, crop_box, draw, resolutions
+from selfsup.data.views import P, View, crops_of, draw, resolutions
 from selfsup.errors import UserError
 
 _PROBES = 1000
 _PIXELS_AT_ONCE = 16_000_000
 """Decoded images are cropped and dropped as soon as they hold so many pixels."""
+
+_KEEP, _OVERHEAD = 64_000_000, 1500
+"""Bytes of decoded images that a process keeps, if by that measure all images fit; and what an image costs beside its pixels."""
 
 
 @dataclass
@@ -64,6 +67,7 @@ class BatchMaker:
         self.source, self.seed, self.split = source, seed, split
         self.groups = resolutions(views)
         self.order = Order(len(source), seed)
+        self._kept: dict[int, Pixels] = {}
 
     def __call__(self, step: int, micro: int) -> Batch:
         """The micro-batch `micro` of `step`. Raises UserError when too many images in a row cannot be read."""
@@ -102,11 +106,21 @@ class BatchMaker:
         for i in range(min(n, _PROBES)):
             found = (asked + i) % n
             try:
-                return self.source.read(found), found
+                return self._decoded(found), found
             except BadImage as error:
                 bad.append((self.source.name(found), str(error)))
         name, reason = bad[-1]
         raise UserError(f"data: {min(n, _PROBES)} images in a row cannot be read; the last is {name}: {reason}")
+
+    def _decoded(self, i: int) -> Pixels:
+        """Image i; decoded images of a small set of small images are kept."""
+        if (kept := self._kept.get(i)) is not None:
+            return kept
+        image = self.source.read(i)
+        height, width = pixel_size(image)
+        if len(self.source) * (height * width * self.source.channels + _OVERHEAD) <= _KEEP:
+            image = self._kept[i] = image.copy()  # without the decoder's state
+        return image
 
     def _crop(
         self, images: list[Pixels], epochs: np.ndarray, ids: np.ndarray, crops: list[np.ndarray], params: list[np.ndarray]
@@ -116,12 +130,7 @@ class BatchMaker:
         for views, out, drawn in zip(self.groups, crops, params, strict=True):
             for v, view in enumerate(views):
                 drawn[v] = draw(view, self.seed, epochs, ids, sizes)
-                resample, size = RESAMPLE[view.crops.interpolation], view.size
-                boxes = drawn[v, :, :6].astype(np.int64)
-                boxes[:, 2:4] += boxes[:, :2]  # width, height -> right, bottom
-                target = out[v]
-                for b, (left, top, right, bottom, hflip, vflip) in enumerate(boxes.tolist()):
-                    target[b] = crop_box(images[b], (left, top, right, bottom), hflip, vflip, (size, size), resample)
+                out[v] = crops_of(images, drawn[v], view.size, view.crops.interpolation)
 
 
 def pixel_size(image: Pixels) -> tuple[int, int]:

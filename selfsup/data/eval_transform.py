@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -12,7 +13,7 @@ from selfsup.data.base import Source
 from selfsup.data.batch import pixel_size
 from selfsup.data.decode import BadImage, Pixels
 from selfsup.data.loader import worker_options
-from selfsup.data.views import RESAMPLE, crop_box
+from selfsup.data.views import RESAMPLE, resized_array
 from selfsup.errors import UserError
 
 
@@ -26,7 +27,7 @@ def eval_crop(image: Pixels, size: int, resize: int | None, interpolation: str =
     height, width = pixel_size(image)
     resample = RESAMPLE[interpolation]
     if not crop:
-        return crop_box(image, (0, 0, width, height), False, False, (size, size), resample)
+        return _resize(image, (size, size), resample)
     short = resize if resize is not None else size
     if short < size:
         raise UserError(f"resize={short} is smaller than size={size}; the shorter side must hold the central square")
@@ -34,9 +35,17 @@ def eval_crop(image: Pixels, size: int, resize: int | None, interpolation: str =
         new_width, new_height = short, int(short * height / width)
     else:
         new_width, new_height = int(short * width / height), short
-    pixels = crop_box(image, (0, 0, width, height), False, False, (new_width, new_height), resample)
+    pixels = _resize(image, (new_width, new_height), resample)
     top, left = round((new_height - size) / 2), round((new_width - size) / 2)
     return pixels[top : top + size, left : left + size]
+
+
+def _resize(image: Pixels, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
+    height, width = pixel_size(image)
+    if isinstance(image, np.ndarray):
+        return resized_array(image, (0, 0, width, height), size, resample)
+    pixels = np.asarray(image.resize(size, resample))
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
 def eval_batches(

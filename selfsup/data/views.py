@@ -162,32 +162,48 @@ def sample_params(view: View, seed: int, epoch: int, index: int, height: int, wi
 
 
 def crop(image: Pixels, params: ViewParams, size: int, interpolation: str = "bicubic") -> np.ndarray:
-    """The resized and flipped crop: uint8 [C,size,size] (a view of [size,size,C] in memory).
+    """The resized and flipped crop: uint8 [C,size,size].
 
     Equals torchvision's `resized_crop`, `hflip` and `vflip` of the PIL image bit for bit.
     """
-    box = (int(params.x), int(params.y), int(params.x + params.w), int(params.y + params.h))
-    out = crop_box(image, box, params.hflip > 0, params.vflip > 0, (size, size), RESAMPLE[interpolation])
-    return out.transpose(2, 0, 1)  # [S,S,C] -> [C,S,S]
+    return crops_of([image], params.pack()[None], size, interpolation)[0].transpose(2, 0, 1)  # [S,S,C] -> [C,S,S]
 
 
-def crop_box(
-    image: Pixels,
-    box: tuple[int, int, int, int],
-    hflip: bool,
-    vflip: bool,
-    size: tuple[int, int],
-    resample: Image.Resampling,
-) -> np.ndarray:
-    """As `crop`, from left, top, right, bottom to (width, height): uint8 [height,width,C]."""
-    if isinstance(image, np.ndarray):  # [H,W,C] of any C: channel by channel
-        left, top, right, bottom = box
-        planes = [Image.fromarray(np.ascontiguousarray(image[top:bottom, left:right, c])) for c in range(image.shape[2])]
-        pixels = np.stack([np.asarray(plane.resize(size, resample)) for plane in planes], axis=-1)
+def crops_of(images: Sequence[Pixels], params: np.ndarray, size: int, interpolation: str) -> np.ndarray:
+    """As `crop`, one for each of B images of one mode: params [B,P] -> uint8 [B,size,size,C]."""
+    resample = RESAMPLE[interpolation]
+    geometry = params[:, :4].astype(np.int64)
+    geometry[:, 2:] += geometry[:, :2]  # width, height -> right, bottom
+    boxes: list[tuple[int, int, int, int]] = [(x, y, r, b) for x, y, r, b in geometry.tolist()]
+    first = images[0]
+    if isinstance(first, Image.Image):  # one sheet for all, so that PIL hands over its pixels once
+        sheet = Image.new(first.mode, (size, size * len(images)))
+        for i, (image, box) in enumerate(zip(images, boxes, strict=True)):
+            assert isinstance(image, Image.Image)
+            sheet.paste(resized(image, box, (size, size), resample), (0, size * i))
+        out = np.frombuffer(sheet.tobytes(), np.uint8).reshape(len(images), size, size, -1)
     else:
-        if box != (0, 0, image.width, image.height):
-            image = image.crop(box)
-        if image.size != size:
-            image = image.resize(size, resample)
-        pixels = np.frombuffer(image.tobytes(), np.uint8).reshape(size[1], size[0], -1)
-    return pixels[:: -1 if vflip else 1, :: -1 if hflip else 1]
+        arrays = [image if isinstance(image, np.ndarray) else np.asarray(image) for image in images]
+        out = np.stack([resized_array(a, box, (size, size), resample) for a, box in zip(arrays, boxes, strict=True)])
+    hflip, vflip = params[:, 4] > 0, params[:, 5] > 0
+    out = np.where(hflip[:, None, None, None], out[:, :, ::-1], out) if hflip.any() else out
+    return np.where(vflip[:, None, None, None], out[:, ::-1], out) if vflip.any() else out
+
+
+def resized(
+    image: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int], resample: Image.Resampling
+) -> Image.Image:
+    """The box (left, top, right, bottom) of an image, resized to (width, height)."""
+    if box != (0, 0, image.width, image.height):
+        image = image.crop(box)  # first, so that the filter sees no pixels outside the box
+    return image.resize(size, resample)
+
+
+def resized_array(
+    image: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int], resample: Image.Resampling
+) -> np.ndarray:
+    """As `resized` for uint8 [H,W,C] of any C, channel by channel."""
+    left, top, right, bottom = box
+    part = image[top:bottom, left:right]
+    planes = [Image.fromarray(np.ascontiguousarray(part[:, :, c])).resize(size, resample) for c in range(image.shape[2])]
+    return np.stack([np.asarray(plane) for plane in planes], axis=-1)
