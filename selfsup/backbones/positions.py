@@ -100,6 +100,11 @@ _PLAIN: dict[type[nn.Module], type[_Resampled]] = {
 }
 
 
+def can_choose(model: nn.Module) -> bool:
+    """Whether `set_pos_interp` works on this model: plain ViTs, distilled ones among them."""
+    return type(model) in _PLAIN or isinstance(model, _Resampled)
+
+
 def set_pos_interp(model: nn.Module, mode: PosInterp) -> bool:
     """Give this one model the resampling `mode`; False where its class brings a resampling of its own.
 

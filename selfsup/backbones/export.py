@@ -1,0 +1,188 @@
+"""Backbones as files: a folder timm loads, and ONNX.
+
+The folder is a pure function of the weights and of what the model is: no time, no path, no training-only option.
+"""
+
+import contextlib
+import copy
+import importlib.util
+import io
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from selfsup.backbones.backbone import Backbone, Size, _pair
+from selfsup.errors import UserError
+
+# Options that act in training only: an exported backbone is the same with and without them.
+_TRAINING_ONLY = {"drop_rate", "drop_path_rate", "drop_block_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate"}
+_TRAINING_ONLY |= {"patch_drop_rate", "weight_init", "in_chans", "num_classes", "zero_init_last"}
+
+
+def export_timm(backbone: Backbone, out_dir: str | Path) -> Path:
+    """Write OUT/config.json and OUT/model.safetensors for `timm.create_model("local-dir:OUT", pretrained=True)`.
+
+    The outputs are those of `backbone.model` bit for bit (weights in float32). The same weights give the same bytes.
+    Returns the folder. Raises UserError if it cannot be written.
+    """
+    out = Path(out_dir)
+    text = json.dumps(_config(backbone), indent=2, sort_keys=True) + "\n"
+    state = {k: _plain(v) for k, v in sorted(backbone.model.state_dict().items())}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _write(out / "model.safetensors", save(state, metadata={"format": "pt"}))
+        _write(out / "config.json", text.encode())
+    except OSError as error:
+        raise UserError(
+            f"{out}: the backbone cannot be written: {error.strerror or error}; choose another folder"
+        ) from None
+    return out
+
+
+def timm_difference(backbone: Backbone, out_dir: str | Path, size: Size | None = None) -> float:
+    """Largest absolute difference between bare timm's model of OUT and `backbone` on noise; 0.0 is expected."""
+    with torch.random.fork_rng(devices=[]):
+        bare = timm.create_model(f"local-dir:{out_dir}", pretrained=True).eval()
+    images = _noise(backbone, size, batch=2)
+    with torch.no_grad(), _evaluating(backbone):
+        return float((bare(images) - _on_cpu(backbone)(images).pooled).abs().max())
+
+
+def export_onnx(backbone: Backbone, path: str | Path, size: Size | None = None) -> float:
+    """Write an ONNX model: images [batch, C, H, W] -> pooled [batch, D], patches [batch, D, h, w]; batch is free.
+
+    size: pixels, default `backbone.image_size`. Returns the largest absolute difference to `backbone` that ONNX
+    Runtime shows on noise. Raises UserError if the extra is not installed or the file cannot be written.
+    """
+    absent = [n for n in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(n) is None]
+    if absent:
+        raise UserError(f"--format onnx needs {', '.join(absent)}: pip install 'selfsup[onnx]'")
+    path = Path(path)
+    if path.suffix != ".onnx":
+        raise UserError(f"{path}: an ONNX file ends in .onnx")
+    backbone.check_size(_pair(size or backbone.image_size))
+    with _evaluating(backbone):
+        module = _Outputs(_on_cpu(backbone)).eval()
+        _to_onnx(module, _noise(backbone, size, batch=2), path)
+        return _onnx_difference(module, _noise(backbone, size, batch=3), path)
+
+
+class _Outputs(nn.Module):
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.backbone(images)
+        return features.pooled, features.patches
+
+
+def _to_onnx(module: nn.Module, images: Tensor, path: Path) -> None:
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                module,
+                (images,),
+                str(path),
+                input_names=["images"],
+                output_names=["pooled", "patches"],
+                dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def _onnx_difference(module: nn.Module, images: Tensor, path: Path) -> float:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        expected = module(images)
+    return max(float((torch.from_numpy(f) - e).abs().max()) for f, e in zip(found, expected, strict=True))
+
+
+def _config(backbone: Backbone) -> dict[str, Any]:
+    """The contents of config.json, in timm's format, with one section of ours."""
+    source = backbone.model.pretrained_cfg
+    flexible = backbone.options.get("dynamic_img_size") or backbone.options.get("strict_img_size") is False
+    size = list(backbone.image_size)
+    args = {k: v for k, v in backbone.options.items() if k not in _TRAINING_ONLY and v is not None}
+    args["in_chans"] = backbone.in_chans
+    config = {
+        "architecture": backbone.name.partition(".")[0],
+        "num_classes": 0,
+        "num_features": backbone.embed_dim,
+        "model_args": args,
+        "pretrained_cfg": {
+            "input_size": [backbone.in_chans, *size],
+            "fixed_input_size": bool(source.get("fixed_input_size")) and not flexible,  # type: ignore[union-attr,operator]
+            "interpolation": "bicubic",
+            "crop_pct": 0.875,
+            "mean": list(backbone.mean),
+            "std": list(backbone.std),
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": source.get("first_conv"),  # type: ignore[union-attr,operator]
+            "classifier": source.get("classifier"),  # type: ignore[union-attr,operator]
+        },
+        "selfsup": {"pos_interp": backbone.pos_interp},
+    }
+    try:
+        return json.loads(json.dumps(config))
+    except TypeError as error:
+        raise UserError(f"backbone: an option cannot be written to config.json ({error}); use plain values") from None
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """On the CPU, float32 where floating, contiguous, with memory of its own."""
+    tensor = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """All or nothing, under the final name only when complete."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _noise(backbone: Backbone, size: Size | None, batch: int) -> Tensor:
+    h, w = _pair(size or backbone.image_size)
+    return torch.randn(batch, backbone.in_chans, h, w, generator=torch.Generator().manual_seed(0))
+
+
+def _on_cpu(backbone: Backbone) -> Backbone:
+    """The backbone itself, or a float32 copy on the CPU."""
+    like = next(backbone.parameters())
+    if like.device.type == "cpu" and like.dtype == torch.float32:
+        return backbone
+    return copy.deepcopy(backbone).to("cpu", torch.float32)
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Any:
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
