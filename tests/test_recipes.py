@@ -1,0 +1,73 @@
+"""The built-in recipes: they load, their methods accept them, and they say what was published."""
+
+import pytest
+
+from selfsup import methods, schedules
+from selfsup.config import dump, load, recipe_names, recipe_texts
+
+IMAGENET = 1_281_167
+
+
+def test_names() -> None:
+    assert {"demo", "dino_vits16", "dino_vits16_smalldata", "dino_resnet50"} <= set(recipe_names())
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_loads_completes_and_plans(name: str, tmp_path) -> None:
+    config = methods.complete(load(name))
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(config))
+    again = load(str(path))
+    assert again == config and methods.complete(again) == config
+    length = schedules.plan(config, IMAGENET)
+    values = schedules.evaluate(schedules.optimizer_schedules(config, length), length.steps // 2)
+    assert values["lr"] > 0
+    assert config.checkpoint.every <= length.steps
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_first_line_says_what_it_is(name: str) -> None:
+    first = recipe_texts()[name].splitlines()[0]
+    assert first.startswith("# ") and len(first) > 20
+
+
+def test_dino_vits16_is_the_published_recipe() -> None:
+    """Caron et al., 2021, section 3.2 and the published code's README, boosted ViT-S: spelled out independently."""
+    config = methods.complete(load("dino_vits16"))
+    length = schedules.plan(config, IMAGENET)
+    rate = schedules.optimizer_schedules(config, length)
+    per_epoch = IMAGENET / 1024
+    assert length.steps == pytest.approx(300 * per_epoch, abs=1)
+    assert max(rate["lr"](s) for s in range(0, length.steps, 500)) <= 0.0005 * 1024 / 256
+    warmup = round(10 * per_epoch)
+    assert rate["lr"](warmup - 1) == pytest.approx(0.002)
+    assert rate["lr"](0) == 0
+    assert rate["lr"](length.steps) == pytest.approx(1e-6)
+    assert (rate["wd"](0), rate["wd"](length.steps)) == pytest.approx((0.04, 0.4))
+    assert config.optimizer.clip == 3.0 and config.optimizer.clip_mode == "parameter"
+    assert config.views.global_.count == 2 and config.views.global_.size == 224
+    assert config.views.local.count == 8 and config.views.local.size == 96
+    assert config.views.global_.scale == (0.4, 1.0) and config.views.local.scale == (0.05, 0.4)
+    assert config.views.global_.blur == (1.0, 0.1) and config.views.global_.solarize == (0.0, 0.2)
+    assert config.views.local.blur == 0.5 and config.views.local.solarize == 0
+    for crops in (config.views.global_, config.views.local):
+        assert (crops.jitter, crops.grayscale, crops.hflip) == (0.8, 0.2, 0.5)
+        assert (crops.brightness, crops.contrast, crops.saturation, crops.hue) == (0.4, 0.4, 0.2, 0.1)
+    options = config.method.options
+    assert options["out_dim"] == 65536 and options["norm_last_layer"] is False
+    assert (options["warmup_teacher_temp"], options["teacher_temp"]) == (0.04, 0.07)
+    assert options["momentum"] == 0.996 and options["student_temp"] == 0.1 and options["center_momentum"] == 0.9
+    assert config.backbone.options["drop_path_rate"] == 0.1
+
+
+def test_dino_resnet50_is_the_published_recipe() -> None:
+    """The README's command for ResNet-50: sgd, lr 0.03, wd 1e-4, crops at 0.14, 100 epochs, 8 GPUs x 64."""
+    config = methods.complete(load("dino_resnet50"))
+    length = schedules.plan(config, IMAGENET)
+    rate = schedules.optimizer_schedules(config, length)
+    assert (config.backbone.name, config.optimizer.name, config.global_batch) == ("resnet50", "sgd", 512)
+    assert length.steps == pytest.approx(100 * IMAGENET / 512, abs=1)
+    assert rate["lr"](round(10 * IMAGENET / 512) - 1) == pytest.approx(0.06)
+    assert (rate["wd"](0), rate["wd"](length.steps // 2)) == pytest.approx((1e-4, 1e-4))
+    assert config.views.global_.scale == (0.14, 1.0) and config.views.local.scale == (0.05, 0.14)
+    assert config.views.global_.blur == (1.0, 0.1) and config.views.local.count == 8
