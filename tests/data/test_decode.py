@@ -168,7 +168,7 @@ def test_npy_layouts_and_types():
     assert (np.asarray(decode(npy(values[0]), 1)) == values[0]).all()
     assert (np.asarray(decode(npy(values[:3]), 3)) == expected[:, :, :3]).all()
     assert decode(npy(values[:3]), 1).mode == "L" and decode(npy(values[0]), 3).mode == "RGB"
-    with pytest.raises(BadImage, match="int16: give data.value_range"):
+    with pytest.raises(BadImage, match=r"int16: give data\.value_range"):
         decode(npy(expected.astype(np.int16)), 13)
     with pytest.raises(BadImage, match="12 are asked for"):
         decode(npy(expected), 12)

@@ -1,0 +1,168 @@
+"""The batched operations equal PIL's, as torchvision and DINO's code call them, for given parameters."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from torchvision.transforms import functional as tvf
+
+from selfsup.config import Crops, ViewsConfig
+from selfsup.data.photometric import apply
+from selfsup.data.sources import open_source
+from selfsup.data.views import ORDERS, ViewParams, crops_of, draw, multicrop
+from selfsup.errors import UserError
+
+PLAIN = ViewParams(0, 0, 1, 1, 0, 0, -1, 1, 1, 1, 0, 0, 0, -1)
+
+
+def noise(channels, size=32, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (size, size, channels), dtype=np.uint8)
+
+
+def smooth(channels, size=32):
+    """Gradients with edges: where blur and hue go wrong if they do."""
+    y, x = np.mgrid[0:size, 0:size] / size
+    planes = [x, y, (x + y) / 2, np.where(x > y, 0.9, 0.2)] * 4
+    return (np.stack(planes[:channels], -1) * 255).astype(np.uint8)
+
+
+def ours(images, params):
+    """uint8-valued floats [N,S,S,C] from images [N] of [S,S,C] and as many ViewParams."""
+    crops = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)[None]  # [1,N,C,S,S]
+    rows = torch.from_numpy(np.stack([p.pack() for p in params]))[None]
+    channels = crops.shape[2]
+    out = apply(crops, rows, (0.0,) * channels, (1 / 255,) * channels, "cpu")
+    return out[0].permute(0, 2, 3, 1).numpy()
+
+
+def with_pil(image, p):
+    """One image [S,S,C] through PIL, in DINO's order."""
+    out = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+    if p.order >= 0:
+        for op in ORDERS[int(p.order)]:
+            function = (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation, tvf.adjust_hue)[op]
+            if p[7 + op] != PLAIN[7 + op]:  # torchvision leaves out what is not asked for; its hue is never quite idle
+                out = function(out, p[7 + op])
+    if p.gray:
+        out = tvf.rgb_to_grayscale(out, num_output_channels=len(out.getbands()))
+    if p.sigma:
+        out = out.filter(ImageFilter.GaussianBlur(radius=p.sigma))
+    if p.solarize >= 0:
+        out = ImageOps.solarize(out, int(p.solarize))
+    return np.asarray(out).reshape(image.shape).astype(float)
+
+
+def check(images, params, tolerance=2.0):
+    for got, image, p in zip(ours(images, params), images, params, strict=True):
+        expected = with_pil(image, p)
+        assert np.abs(got - expected).mean() <= tolerance, (p, np.abs(got - expected).mean())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("make", [noise, smooth])
+def test_single_operations(channels, make):
+    """Far tighter than 2 levels: brightness, contrast, grey and solarization to a rounding, blur to one level.
+
+    (Factors such as 0.6, whose products are whole numbers, would test the last bit of a float32.)
+    """
+    image = make(channels)
+    cases = {
+        0.05: [PLAIN._replace(order=0, brightness=b) for b in (0.0, 0.613, 0.937, 1.0, 1.391, 2.0)]
+        + [PLAIN._replace(order=0, contrast=c) for c in (0.0, 0.617, 1.0, 1.387)]
+        + [PLAIN._replace(gray=1), PLAIN._replace(solarize=128), PLAIN._replace(solarize=0), PLAIN],
+        0.6: [PLAIN._replace(sigma=s) for s in (0.35, 0.8, 1.0, 1.5, 2.0, 5.0)],
+        1.2: [PLAIN._replace(sigma=0.1)],  # PIL rounds after each of its six passes
+    }
+    if channels == 3:
+        cases[0.05] += [PLAIN._replace(order=0, saturation=s) for s in (0.0, 0.813, 1.0, 1.187, 1.913)]
+        cases[1.0] = [PLAIN._replace(order=0, hue=h) for h in (-0.5, -0.1, -0.03, 0.0, 0.05, 0.1, 0.4, 0.5)]
+    for tolerance, params in cases.items():
+        check([image] * len(params), params, tolerance)
+
+
+def test_untouched_images_stay_bit_for_bit():
+    image = noise(3)
+    assert (ours([image], [PLAIN])[0] == image).all()
+    assert (ours([image], [PLAIN._replace(order=5)])[0] == image).all()  # jitter with all factors idle
+
+
+@pytest.mark.parametrize("make", [noise, smooth])
+def test_jitter_in_every_order(make):
+    params = [
+        PLAIN._replace(order=o, brightness=1.3, contrast=0.7, saturation=1.15, hue=h) for o in range(24) for h in (-0.08, 0.1)
+    ]
+    check([make(3)] * len(params), params, 1.0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_dinos_augmentation_on_real_images(channels):
+    """All operations at once with drawn parameters; the solarization's jump is the worst case."""
+    source = open_source("demo:val", channels=channels)
+    crops = Crops(count=2, size=28, blur=(1.0, 0.3), solarize=(0.0, 0.5))
+    worst = 0.0
+    for view in multicrop(ViewsConfig(**{"global": crops, "local": Crops(count=4, size=16, scale=(0.05, 0.4))})):
+        n = 120
+        rows = draw(view, 3, np.zeros(n, int), np.arange(n), np.full((n, 2), 28))
+        images = list(crops_of([source.read(i) for i in range(n)], rows, view.size, view.crops.interpolation))
+        params = [ViewParams.unpack(r) for r in rows]
+        for got, image, p in zip(ours(images, params), images, params, strict=True):
+            worst = max(worst, np.abs(got - with_pil(image, p)).mean())
+    assert worst <= 2.0
+
+
+def test_any_number_of_channels():
+    """Brightness, blur and solarization act on each channel as on a grey image; contrast on the mean over all."""
+    image = noise(13)
+    p = PLAIN._replace(order=0, brightness=1.2, sigma=1.1, solarize=200, gray=1, saturation=0.3, hue=0.2)
+    got = ours([image], [p])[0]
+    for channel in (0, 7, 12):
+        one = with_pil(image[:, :, channel : channel + 1], p._replace(gray=0, saturation=1, hue=0))
+        assert np.abs(got[:, :, channel : channel + 1] - one).mean() < 2
+    level = np.floor(image.mean() + 0.5)
+    expected = np.floor(np.clip(0.5 * image.astype(float) + 0.5 * level, 0, 255))
+    assert np.abs(ours([image], [PLAIN._replace(order=0, contrast=0.5)])[0] - expected).max() <= 1
+
+
+def test_normalisation_shape_and_type():
+    crops = torch.from_numpy(noise(3)[None, None]).permute(0, 1, 4, 2, 3).expand(2, 5, 3, 32, 32)
+    params = torch.from_numpy(PLAIN.pack()).expand(2, 5, -1)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    out = apply(crops, params, mean, std, "cpu")
+    expected = tvf.normalize(crops.reshape(10, 3, 32, 32) / 255, list(mean), list(std)).view_as(out)
+    assert out.shape == (2, 5, 3, 32, 32) and out.is_contiguous() and torch.allclose(out, expected, atol=1e-6)
+    assert apply(crops, params, mean, std, "cpu", torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(UserError, match=r"data\.mean and data\.std need 3 values"):
+        apply(crops, params, (0.5,), (0.5,), "cpu")
+
+
+def test_the_input_is_left_alone_and_rows_are_independent():
+    """A row's result does not depend on its neighbours: what makes ranks and micro-batches equal."""
+    view = multicrop(ViewsConfig())[1]
+    rows = draw(view, 0, np.zeros(32, int), np.arange(32), np.full((32, 2), 32))
+    params = [ViewParams.unpack(r) for r in rows]
+    images = [noise(3, seed=i) for i in range(32)]
+    before = [i.copy() for i in images]
+    together = ours(images, params)
+    assert all((a == b).all() for a, b in zip(images, before, strict=True))
+    halves = np.concatenate([ours(images[:11], params[:11]), ours(images[11:], params[11:])])
+    assert (together == halves).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_equals_cpu_and_never_waits():
+    view = multicrop(ViewsConfig(**{"global": Crops(size=64, blur=0.5, solarize=0.3)}))[0]
+    n = 64
+    rows = torch.from_numpy(draw(view, 0, np.zeros(n, int), np.arange(n), np.full((n, 2), 64)))[None]
+    crops = torch.from_numpy(np.stack([noise(3, 64, i) for i in range(n)])).permute(0, 3, 1, 2)[None]
+    mean, std = (0.0,) * 3, (1 / 255,) * 3
+    expected = apply(crops, rows, mean, std, "cpu")
+    pinned = crops.pin_memory()
+    apply(pinned, rows, mean, std, "cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = apply(pinned, rows, mean, std, "cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    difference = (got.cpu() - expected).abs()
+    assert difference.mean() < 0.05
