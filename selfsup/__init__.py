@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from selfsup.backbones import Features as Features
     from selfsup.backbones import load_backbone as load_backbone
 
-__all__ = ["Config", "EarlyStop", "Features", "UserError", "load_backbone", "load_config", "train"]  # noqa: F822
+__all__ = ["Config", "EarlyStop", "Features", "UserError", "load_backbone", "load_config", "train"]
 
 _LAZY = {"load_backbone": "selfsup.backbones", "Features": "selfsup.backbones"}
 

@@ -19,7 +19,8 @@ app = typer.Typer(
 )
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as in data=FOLDER optimizer.lr=1e-3 steps=50.")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as in data=FOLDER optimizer.lr=1e-3 steps=50."),
 ]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Show the resolved configuration and stop.")]
 
@@ -89,7 +90,9 @@ def _default_folder(recipe: str, resume: bool) -> Path:
 @app.command(name="eval")
 def evaluate(
     task: Annotated[str, typer.Argument(help="; ".join(f"{k}: {v}" for k, v in EVALUATIONS.items()) + ".")],
-    target: Annotated[str, typer.Argument(help="Run, RUN@student, backbone folder or checkpoint; `pixels`; `random:RUN`.")],
+    target: Annotated[
+        str, typer.Argument(help="Run, RUN@student, backbone folder or checkpoint; `pixels`; `random:RUN`.")
+    ],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Result file; default RUN/eval/TASK.json.")] = None,
     print_config: PrintConfig = False,
@@ -99,9 +102,11 @@ def evaluate(
         raise UserError(f"eval {task!r}{configuration.suggest(task, EVALUATIONS)}; known: {', '.join(EVALUATIONS)}")
     import importlib
 
+    from selfsup.eval import settings
+
     module: Any = importlib.import_module(f"selfsup.eval.{task}")
     if print_config:
-        typer.echo(configuration.dump(module.resolve(target, overrides or [])), nl=False)
+        typer.echo(configuration.dump(settings.resolve(task, overrides or [])), nl=False)
         return
     module.run(target, overrides or [], out)
 
@@ -121,8 +126,10 @@ def export(
     backbone = load_backbone(target)
     if format == "timm":
         exporting.export_timm(backbone, out)
-        difference = exporting.timm_parity(backbone, out)
-        typer.echo(f'{out}: timm.create_model("local-dir:{out}", pretrained=True); largest difference to ours {difference:g}')
+        difference = exporting.timm_difference(backbone, out)
+        typer.echo(
+            f'{out}: timm.create_model("local-dir:{out}", pretrained=True); largest difference to ours {difference:g}'
+        )
     else:
         difference = exporting.export_onnx(backbone, out)
         typer.echo(f"{out}: largest difference to ours {difference:.2e}")

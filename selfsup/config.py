@@ -119,7 +119,9 @@ class Crops(Section):
         for key in ("jitter", "grayscale", "blur", "solarize"):
             value = getattr(self, key)
             if isinstance(value, tuple) and len(value) != self.count:
-                raise ValueError(f"{key} holds {len(value)} probabilities for {self.count} views; give one a view, or one for all")
+                raise ValueError(
+                    f"{key} holds {len(value)} probabilities for {self.count} views; give one a view, or one for all"
+                )
         return self
 
     def probability(self, key: str, view: int) -> float:
@@ -260,12 +262,16 @@ class Config(Section):
     @property
     def mean(self) -> tuple[float, ...]:
         """Channel means of values in [0, 1]."""
-        return self.data.mean or ((0.485, 0.456, 0.406) if self.backbone.in_chans == 3 else (0.5,) * self.backbone.in_chans)
+        return self.data.mean or (
+            (0.485, 0.456, 0.406) if self.backbone.in_chans == 3 else (0.5,) * self.backbone.in_chans
+        )
 
     @property
     def std(self) -> tuple[float, ...]:
         """Channel standard deviations of values in [0, 1]."""
-        return self.data.std or ((0.229, 0.224, 0.225) if self.backbone.in_chans == 3 else (0.25,) * self.backbone.in_chans)
+        return self.data.std or (
+            (0.229, 0.224, 0.225) if self.backbone.in_chans == 3 else (0.25,) * self.backbone.in_chans
+        )
 
 
 def expand_short_forms(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -301,7 +307,9 @@ def read_recipe(recipe: str) -> dict[str, Any]:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"recipe {recipe}: cannot be read: {error}") from None
     else:
-        raise UserError(f"no recipe {recipe!r}{suggest(recipe, recipe_names())}; built in: {', '.join(recipe_names())}, or a YAML file")
+        raise UserError(
+            f"no recipe {recipe!r}{suggest(recipe, recipe_names())}; built in: {', '.join(recipe_names())}, or a YAML file"
+        )
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -368,7 +376,9 @@ def load(recipe: str | None = None, overrides: Iterable[str] = (), extra: Mappin
     durations = {"steps", "epochs", "samples"}
     if durations & over.keys():  # `steps=50` replaces the recipe's `epochs`
         values = {k: v for k, v in values.items() if k not in durations}
-    return validate(Config, merge(merge(values, over), extra or {}), where=f"recipe {recipe}" if recipe else "configuration")
+    return validate(
+        Config, merge(merge(values, over), extra or {}), where=f"recipe {recipe}" if recipe else "configuration"
+    )
 
 
 S = TypeVar("S", bound=BaseModel)
@@ -385,7 +395,11 @@ def validate(schema: type[S], values: Mapping[str, Any], where: str, prefix: str
 
 
 def _explain(schema: type[BaseModel], fault: Any, prefix: str) -> str:
-    loc = [p for p in fault["loc"] if isinstance(p, str) and not p.startswith(("function-", "tuple[", "constrained", "float", "int"))]
+    loc = [
+        p
+        for p in fault["loc"]
+        if isinstance(p, str) and not p.startswith(("function-", "tuple[", "constrained", "float", "int"))
+    ]
     key = prefix + ".".join(loc)
     seen = repr(fault.get("input"))
     seen = seen if len(seen) <= 80 else seen[:77] + "..."
@@ -401,7 +415,9 @@ def _explain(schema: type[BaseModel], fault: Any, prefix: str) -> str:
 def suggest(word: str, known: Iterable[str], prefix: str = "") -> str:
     """'; did you mean X?' or an empty string."""
     known = list(known)
-    close = difflib.get_close_matches(word, known, 1, 0.6) or difflib.get_close_matches(word.split(".")[-1], known, 1, 0.6)
+    close = difflib.get_close_matches(word, known, 1, 0.6) or difflib.get_close_matches(
+        word.split(".")[-1], known, 1, 0.6
+    )
     return f"; did you mean {prefix}{close[0]!s}?" if close else ""
 
 

@@ -51,6 +51,6 @@ class CollapseMonitor:
 
 ADVICE = {
     "collapse: uniform": "the teacher's output is uniform; lower method.teacher_temp, or warm it up for longer",
-    "collapse: constant": "the teacher gives every image the same prototype; check method.center_momentum, lower the learning rate",
+    "collapse: constant": "every image gets the same prototype; check method.center_momentum, lower the learning rate",
     "collapse: features": "features no longer depend on the image; lower the learning rate, check the crops",
 }

@@ -112,7 +112,9 @@ def duration(seconds: float) -> str:
 class Progress:
     """One line that is rewritten on a terminal; otherwise a line every `every` steps. Written to stderr."""
 
-    def __init__(self, total: int, start: int, every: int = 50, stream: TextIO | None = None, enabled: bool = True) -> None:
+    def __init__(
+        self, total: int, start: int, every: int = 50, stream: TextIO | None = None, enabled: bool = True
+    ) -> None:
         self.total, self.start, self.every, self.enabled = total, start, every, enabled
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()

@@ -19,8 +19,9 @@ def layer_index(name: str, depth: int) -> int:
 
 
 def parameter_groups(named: Sequence[tuple[str, nn.Parameter]], layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """Groups with `names`, `lr_scale`, `wd_scale` and `backbone` (whether theirs): no weight decay for biases and norms (one dimension).
+    """Groups with `names`, `lr_scale`, `wd_scale` and `backbone` (whether it is theirs).
 
+    No weight decay for biases and for what has one dimension (norms).
     layer_decay: learning rate times this for each layer below the last (Clark et al., 2020), for names that hold
     'backbone.'; heads keep 1.
     """
@@ -131,7 +132,9 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         for name, p in zip(group["names"], group["params"]):
             for key, value in optimizer.state.get(p, {}).items():
                 if value is not None:
-                    out[f"{name}|{key}"] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+                    out[f"{name}|{key}"] = (
+                        value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+                    )
     return out
 
 
@@ -142,8 +145,8 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, T
     for full, value in tensors.items():
         name, _, key = full.rpartition("|")
         p = by_name[name]
-        if key != "step":  # a step counter keeps its own type and, where the optimizer is fused, the device
-            value = value.to(p.device)
-        elif optimizer.defaults.get("fused"):
+        if key != "step" or optimizer.defaults.get(
+            "fused"
+        ):  # a step counter keeps its own type and, where the optimizer is fused, the device
             value = value.to(p.device)
         optimizer.state[p][key] = value.clone()

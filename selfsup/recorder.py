@@ -23,7 +23,9 @@ SLOW_DATA = 0.2
 class Recorder:
     """Buffers device scalars; `flush` averages them over ranks, judges them, and writes them."""
 
-    def __init__(self, out: Path, step: int, plan: Plan, progress: Progress, monitor: CollapseMonitor, config: Config) -> None:
+    def __init__(
+        self, out: Path, step: int, plan: Plan, progress: Progress, monitor: CollapseMonitor, config: Config
+    ) -> None:
         self._plan, self._progress, self._monitor, self._config = plan, progress, monitor, config
         self._log = MetricsLog(out / "metrics.jsonl", step) if dist.is_main() else None
         self._board = TensorBoard(out / "tensorboard", step) if dist.is_main() and config.tensorboard else None
@@ -72,15 +74,23 @@ class Recorder:
         if (row := newest.get("refused_in_row", 0)) >= self._config.max_nonfinite:
             bad = [k for k in ("loss", "grad_norm") if isinstance(v := newest.get(k), float) and not math.isfinite(v)]
             raise UserError(
-                f"{' and '.join(bad) or 'loss'} not finite for {row} steps in a row (max_nonfinite={self._config.max_nonfinite}), "
+                f"{' and '.join(bad) or 'loss'} not finite for {row} steps in a row (max_nonfinite={self._config.max_nonfinite}) "
                 f"up to step {newest['step']}; weights are those before them. Lower optimizer.base_lr, or use precision=fp32"
             )
 
     def _line(self, step: int, schedules: Mapping[str, float], parts: dict[str, float]) -> dict[str, Any]:
         refused = round(parts.pop("refused"))
-        health: dict[str, Any] = {k.removeprefix("health/"): parts.pop(k) for k in list(parts) if k.startswith("health/")}
+        health: dict[str, Any] = {
+            k.removeprefix("health/"): parts.pop(k) for k in list(parts) if k.startswith("health/")
+        }
         health["state"] = self._monitor.judge(step, health)
-        line = {"step": step, "epoch": self._plan.epoch(step), "samples": step * self._plan.global_batch, **parts, **schedules}
+        line = {
+            "step": step,
+            "epoch": self._plan.epoch(step),
+            "samples": step * self._plan.global_batch,
+            **parts,
+            **schedules,
+        }
         line["health"] = health
         if refused:
             line["refused_in_row"] = refused
@@ -91,7 +101,9 @@ class Recorder:
         self._windows += 1
         refused = [r["step"] for r in records if "refused_in_row" in r]
         if refused:
-            self._progress.note(f"step {refused[-1]}: loss or gradients not finite; {len(refused)} step(s) refused, weights unchanged")
+            self._progress.note(
+                f"step {refused[-1]}: loss or gradients not finite; {len(refused)} step(s) refused, weights unchanged"
+            )
         state = newest["health"]["state"]
         if state != "ok" and state != self._named:
             self._progress.note(f"step {newest['step']}: {state}: {ADVICE.get(state, '')}")
@@ -102,7 +114,8 @@ class Recorder:
                 f"{newest['data_wait']:.0%} of the time is spent waiting for data: raise workers={self._config.workers}, "
                 "or store smaller images"
             )
-        figures = f"loss {newest['loss']:.4f}  lr {newest['lr']:.2e}  {newest['img_per_s']:.0f} img/s  wait {newest['data_wait']:.0%}"
+        figures = f"loss {newest['loss']:.4f}  lr {newest['lr']:.2e}"
+        figures += f"  {newest['img_per_s']:.0f} img/s  wait {newest['data_wait']:.0%}"
         for name, value in newest.get("eval", {}).items():
             figures += f"  {name} {value:.4f}"
         self._progress.show(newest["step"], figures, last or "eval" in newest)

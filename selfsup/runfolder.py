@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from selfsup import checkpoint, config as configuration
+from selfsup import checkpoint
+from selfsup import config as configuration
 from selfsup.config import Config
 from selfsup.errors import UserError
 
@@ -28,7 +29,9 @@ def prepare(out: Path, resume: bool) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error.strerror or error}; name a folder you may write to") from None
+        raise UserError(
+            f"--out {out}: cannot be written: {error.strerror or error}; name a folder you may write to"
+        ) from None
 
 
 def stored_config(out: Path) -> Config | None:
@@ -66,7 +69,10 @@ def adopt(config: Config, stored: Config) -> Config:
 
 def check_resume(config: Config, stored: Config) -> list[str]:
     """Announcements of allowed changes; raises UserError for a change that would make it another run."""
-    new, old = _flat(config.model_dump(mode="json", by_alias=True)), _flat(stored.model_dump(mode="json", by_alias=True))
+    new, old = (
+        _flat(config.model_dump(mode="json", by_alias=True)),
+        _flat(stored.model_dump(mode="json", by_alias=True)),
+    )
     notes = []
     for key in sorted(new.keys() | old.keys()):
         before, after = old.get(key), new.get(key)

@@ -21,7 +21,9 @@ def pick_device(name: str) -> torch.device:
             raise UserError("device=cuda: torch sees no CUDA device here; use device=cpu or device=auto")
         _, _, local, _ = dist.env_world()
         if local >= torch.cuda.device_count():
-            raise UserError(f"local rank {local} has no GPU: torch sees {torch.cuda.device_count()}; start fewer processes a node")
+            raise UserError(
+                f"local rank {local} has no GPU: torch sees {torch.cuda.device_count()}; start fewer processes a node"
+            )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         return device
@@ -104,4 +106,9 @@ def autocast(config: Config) -> Any:
 def fingerprint() -> dict[str, Any]:
     """What bitwise equality depends on beside the configuration: kernels and their versions."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
-    return {"torch": torch.__version__, "kernels": device, "world_size": dist.world(), "threads": torch.get_num_threads()}
+    return {
+        "torch": torch.__version__,
+        "kernels": device,
+        "world_size": dist.world(),
+        "threads": torch.get_num_threads(),
+    }

@@ -183,14 +183,22 @@ class Run:
         count = sum(p.numel() for p in self.method.parameters() if p.requires_grad) / 1e6
         per_device = c.global_batch // (c.accumulate * dist.world())
         note = self.progress.note
-        note(f"{c.method.name} · {c.backbone.name}, {count:.2f} M parameters trained · {c.device}, {c.precision}, {c.threads} threads")
-        note(f"data {c.data.path}: {len(self.source):,} images · {self.plan.steps:,} steps = {self.plan.epoch(self.plan.steps):.4g} epochs")
+        note(
+            f"{c.method.name} · {c.backbone.name}, {count:.2f} M parameters trained · "
+            f"{c.device}, {c.precision}, {c.threads} threads"
+        )
+        note(
+            f"data {c.data.path}: {len(self.source):,} images · "
+            f"{self.plan.steps:,} steps = {self.plan.epoch(self.plan.steps):.4g} epochs"
+        )
         note(
             f"global batch {c.global_batch} = {dist.world()} processes x {c.accumulate} accumulated x {per_device} · "
             f"learning rate {peak:.3g} ({rule})"
         )
         if self.method.batch_statistics and c.accumulate > 1:
-            note(f"batch norm sees {per_device} images at a time: accumulate={c.accumulate} is not equal to one large batch")
+            note(
+                f"batch norm sees {per_device} images at a time: accumulate={c.accumulate} is not equal to one large batch"
+            )
         if self.method.batch_statistics and dist.world() > 1 and self.device.type == "cpu":
             note("batch norm is not synchronised between processes on a CPU: figures differ from a single process")
 
@@ -205,7 +213,6 @@ class Run:
             "runtime": runtime.fingerprint(),
             "health": self.monitor.state(),
             "refused_in_row": int(self.refused_in_row.item()),
-            "bad_files": self.bad_files.state(),
         }
         model = dict(self.method.state_dict())
         if self.scale is not None:
@@ -228,7 +235,9 @@ class Run:
                 "restore the files, or start a new run with --out"
             )
         now = runtime.fingerprint()
-        different = [f"{k} {trainer['runtime'].get(k)} -> {v}" for k, v in now.items() if trainer["runtime"].get(k) != v]
+        different = [
+            f"{k} {trainer['runtime'].get(k)} -> {v}" for k, v in now.items() if trainer["runtime"].get(k) != v
+        ]
         if different:
             self.progress.note(f"resuming, but not bitwise: {', '.join(different)}")
         scale = {k.removeprefix("loss_scale."): v for k, v in state.model.items() if k.startswith("loss_scale.")}
@@ -242,7 +251,6 @@ class Run:
             self.scale.load_state_dict(scale)
         checkpoint.set_rng_state(state.rank, self.device)
         self.monitor.restore(trainer["health"])
-        self.bad_files.restore(trainer["bad_files"])
         self.refused_in_row.fill_(trainer["refused_in_row"])
         self.step = int(trainer["step"])
         self.progress.start = self.step
@@ -320,11 +328,12 @@ def _loop(run: Run, signals: StopSignals, evaluate_backbone: Evaluate | None) ->
             run.step += 1
 
             recorder.record(run.step, s, {**parts, "grad_norm": norm, "refused": run.refused_in_row})
-            run.bad_files.add([b for batch in batches for b in batch.bad], run.step * config.global_batch // dist.world())
+            for batch in batches:
+                run.bad_files.add(batch.bad, len(batch.ids))
             stopped = signals.agreed()
             last = run.step == end or stopped
             if every and (run.step % every == 0 or run.step == run.plan.steps):
-                evaluations = evaluate_backbone(method.export(), run.step) if evaluate_backbone else {}
+                evaluations = evaluate_backbone(method.export(), run.step)  # type: ignore[misc]
                 recorder.flush(evaluations, last=last)
             elif last or run.step % config.log_every == 0 or run.step % config.checkpoint.every == 0:
                 recorder.flush(last=last)
@@ -335,7 +344,13 @@ def _loop(run: Run, signals: StopSignals, evaluate_backbone: Evaluate | None) ->
 
     run.export()
     if run.step < run.plan.steps:
-        why = signals.received.name if signals.received else "another rank's signal" if stopped else f"stop_at={config.stop_at}"
+        why = (
+            signals.received.name
+            if signals.received
+            else "another rank's signal"
+            if stopped
+            else f"stop_at={config.stop_at}"
+        )
         raise EarlyStop(f"stopped at step {run.step} of {run.plan.steps} ({why}); go on with --resume --out {run.out}")
     return Result(run.out, run.step, config, evaluations)
 
@@ -366,7 +381,6 @@ def _put_back(buffers: list[Tensor], before: list[Tensor], ok: Tensor) -> None:
     """Running statistics as they were before a step that was refused."""
     for buffer, old in zip(buffers, before):
         buffer.copy_(torch.where(ok > 0, buffer, old))
-
 
 
 class _CallableModule(types.ModuleType):

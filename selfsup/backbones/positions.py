@@ -17,17 +17,18 @@ PosInterp = Literal["size", "timm", "dino"]
 
 
 def _interpolate(x: Tensor, old: tuple[int, int], new: tuple[int, int], mode: PosInterp) -> Tensor:
-    """[1, C, H, W] -> [1, C, h, w]. An axis of one row stays one row, whatever the mode."""
+    """[1, C, H, W] -> [1, C, h, w]."""
     if mode == "dino":
-        scale = tuple(1.0 if n == o == 1 else (n + 0.1) / o for n, o in zip(new, old, strict=True))
+        scale = tuple((n + 0.1) / o for n, o in zip(new, old, strict=True))
         return F.interpolate(x, scale_factor=scale, mode="bicubic")
     return F.interpolate(x, size=new, mode="bicubic", antialias=mode == "timm")
 
 
 def resize_matrix(old: int, new: int, mode: PosInterp, device: torch.device | None = None) -> Tensor:
     """The linear map of one axis, [new, old], float64: resampling is separable."""
-    eye = torch.eye(old, dtype=torch.float64, device=device).reshape(1, old, old, 1)  # channel c: one at row c
-    return _interpolate(eye, (old, 1), (new, 1), mode)[0, :, :, 0].T  # [new, old]
+    # Channel c is one at row c. Two equal columns: torch 2.15 antialiases contiguous images of one column wrongly on CPUs.
+    eye = torch.eye(old, dtype=torch.float64, device=device).reshape(1, old, old, 1).repeat(1, 1, 1, 2)
+    return _interpolate(eye, (old, 2), (new, 2), mode)[0, :, :, 0].T  # [new, old]
 
 
 def resample_grid(grid: Tensor, size: tuple[int, int], mode: PosInterp, by_matrix: bool = False) -> Tensor:

@@ -18,7 +18,9 @@ def find(name: str) -> type:
     target = METHODS.get(name, name)
     module, colon, attribute = target.partition(":")
     if not colon:
-        raise UserError(f"method.name={name!r}{suggest(name, METHODS)}; known: {', '.join(METHODS)}, or package.module:Class")
+        raise UserError(
+            f"method.name={name!r}{suggest(name, METHODS)}; known: {', '.join(METHODS)}, or package.module:Class"
+        )
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from selfsup import dist
 from selfsup.backbones import Backbone, create_backbone
-from selfsup.backbones.stochastic import key_stochastic_layers
+from selfsup.backbones.stochastic import key_stochastic_layers, strip_stochastic_layers
 from selfsup.config import Config, Duration, Positive, Probability, Section
 from selfsup.data.views import View, multicrop
 from selfsup.ema import ema_update
@@ -77,34 +77,31 @@ class DINO(nn.Module):
         super().__init__()
         self.options = options
         self._views = multicrop(config.views)
-        kinds = [crops for crops in (config.views.global_, config.views.local) if crops.count]
         self.global_views = config.views.global_.count
         if self.global_views < 1 or self.global_views + config.views.local.count < 2:
             raise UserError(
                 f"views.global.count={self.global_views}, views.local.count={config.views.local.count}: "
                 "DINO compares different views; give at least one global view and two in all"
             )
-        size = config.views.global_.size
 
-        def network(backbone_config: object) -> Network:
-            backbone = create_backbone(backbone_config, mean=config.mean, std=config.std, input_size=size)
-            head = DINOHead(
-                backbone.embed_dim,
-                options.out_dim,
-                hidden_dim=options.hidden_dim,
-                bottleneck_dim=options.bottleneck_dim,
-                layers=options.head_layers,
-                batch_norm=options.head_batch_norm,
-                norm_last_layer=options.norm_last_layer,
-            )
-            return Network(backbone, head)
-
-        self.student = network(config.backbone)
-        for crops in kinds:
-            self.student.backbone.check_size(crops.size)
-        still = {k: 0.0 for k in config.backbone.options if k.endswith(("drop_rate", "drop_path_rate"))}
-        self.teacher = network(config.backbone.model_copy(update=still))  # the teacher drops nothing
-        self.teacher.load_state_dict(self.student.state_dict())
+        backbone = create_backbone(
+            config.backbone, mean=config.mean, std=config.std, input_size=config.views.global_.size
+        )
+        for crops in (config.views.global_, config.views.local):
+            if crops.count:
+                backbone.check_size(crops.size)
+        head = DINOHead(
+            backbone.embed_dim,
+            options.out_dim,
+            hidden_dim=options.hidden_dim,
+            bottleneck_dim=options.bottleneck_dim,
+            layers=options.head_layers,
+            batch_norm=options.head_batch_norm,
+            norm_last_layer=options.norm_last_layer,
+        )
+        self.student = Network(backbone, head)
+        self.teacher = copy.deepcopy(self.student)
+        strip_stochastic_layers(self.teacher)  # the teacher drops nothing
         self.teacher.requires_grad_(False)
         self.random = key_stochastic_layers(self.student, config.seed)
         self.batch_statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.student.modules())

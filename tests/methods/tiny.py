@@ -1,0 +1,77 @@
+"""The smallest real runs: a folder of images, a tiny ViT, ten steps."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from selfsup.config import Config, load
+
+TINY_VIT = [
+    "backbone=vit_tiny_patch16_224",
+    "backbone.img_size=32",
+    "backbone.patch_size=8",
+    "backbone.embed_dim=32",
+    "backbone.depth=2",
+    "backbone.num_heads=2",
+    "backbone.dynamic_img_size=true",
+]
+TINY_RUN = [
+    *TINY_VIT,
+    "views.global.size=32",
+    "views.local.size=16",
+    "views.local.count=3",
+    "global_batch=8",
+    "steps=10",
+    "workers=0",
+    "threads=1",
+    "tensorboard=false",
+    "log_every=4",
+    "checkpoint.every=100",
+]
+METHOD_OPTIONS = {
+    "dino": [
+        "method.out_dim=64",
+        "method.hidden_dim=48",
+        "method.bottleneck_dim=16",
+        "method.freeze_last_layer=2 steps",
+    ],
+}
+"""Options that make each method small; a new method adds its row."""
+
+
+def tiny_config(method: str, *overrides: str) -> Config:
+    """A configuration of ten tiny steps with this method."""
+    return load(None, [*TINY_RUN, f"method={method}", *METHOD_OPTIONS[method], *overrides])
+
+
+def write_images(folder: Path, count: int = 40, size: int = 40, seed: int = 0, classes: int = 0) -> Path:
+    """Colourful PNGs with structure: gradients, discs and noise; in class folders if `classes`."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:size, 0:size] / size
+    for i in range(count):
+        a, b, c, r = rng.random(4)
+        disc = ((x - b) ** 2 + (y - c) ** 2 < 0.1 * r + 0.02)[..., None]
+        base = np.stack([a * x, b * y, c * (x + y) / 2], -1)
+        image = np.where(disc, rng.random(3), base) + 0.05 * rng.standard_normal((size, size, 3))
+        where = folder / f"class_{i % classes}" if classes else folder
+        where.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image.clip(0, 1) * 255).astype(np.uint8)).save(where / f"image_{i:03d}.png")
+    return folder
+
+
+def cli(*arguments: str, processes: int = 1, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """`selfsup ...` in new processes, under torchrun if more than one."""
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    return subprocess.run(
+        [*command, "selfsup.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **(env or {})},
+    )
