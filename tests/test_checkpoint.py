@@ -176,7 +176,7 @@ def test_full_disk_at_any_write(tmp_path: Path) -> None:
         root = tmp_path / f"at{at}"
         for step in (1, 2):
             save(root, step, state(step), keep_last=2)
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="step_00000003.*No space left"):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"step_00000003.*No space left"):
             interrupt(patch, at, OSError(28, "No space left on device"))
             save(root, 3, state(3), keep_last=2)
         folder, _ = newest_valid(root)

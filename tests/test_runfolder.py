@@ -1,0 +1,143 @@
+"""A run folder: who may write into it, what a resume may change, and a config.yaml that is a recipe."""
+
+from pathlib import Path
+
+import pytest
+
+from selfsup import methods, runfolder, runtime
+from selfsup.config import Config, load
+from selfsup.errors import UserError
+
+
+def resolved(*overrides: str) -> Config:
+    return methods.complete(runtime.resolve(load(None, ["device=cpu", "precision=fp32", "steps=100", *overrides])))
+
+
+# --------------------------------------------------------------------------------------------------------------- prepare
+
+
+def test_makes_the_folder(tmp_path: Path) -> None:
+    runfolder.prepare(tmp_path / "a" / "b", resume=False)
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    runfolder.prepare(tmp_path / "a" / "b", resume=False)  # an empty one, or one whose run never began, is fine
+
+
+def test_refuses_a_folder_with_a_run(tmp_path: Path) -> None:
+    runfolder.write_config(tmp_path, resolved())
+    with pytest.raises(UserError, match=rf"{tmp_path} already holds a run; add --resume"):
+        runfolder.prepare(tmp_path, resume=False)
+    runfolder.prepare(tmp_path, resume=True)
+
+
+def test_refuses_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("x")
+    with pytest.raises(UserError, match="is a file"):
+        runfolder.prepare(path, resume=False)
+    with pytest.raises(UserError, match="below: cannot be written"):
+        runfolder.prepare(path / "below", resume=False)
+
+
+def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that may not even be looked into. (Root may do everything: the system calls say what a user would see.)"""
+    import os
+
+    real = os.stat
+
+    def stat(path, *args, **kwargs):
+        if "secret" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(UserError, match=r"secret.*Permission denied"):
+        runfolder.prepare(tmp_path / "secret" / "run", resume=False)
+    with pytest.raises(UserError, match=r"secret.*Permission denied"):
+        runfolder.stored_config(tmp_path / "secret" / "run")
+
+
+def test_not_writable() -> None:
+    """/proc takes no folders, whoever asks."""
+    with pytest.raises(UserError, match=r"/proc/selfsup_run: cannot be written"):
+        runfolder.prepare(Path("/proc/selfsup_run"), resume=False)
+
+
+# ---------------------------------------------------------------------------------------------------------- config.yaml
+
+
+def test_config_is_a_recipe(tmp_path: Path) -> None:
+    config = resolved("method.out_dim=99", "backbone.depth=2", "data=X", "data.val=Y")
+    runfolder.write_config(tmp_path, config)
+    assert runfolder.stored_config(tmp_path) == config
+    again = load(str(tmp_path / "config.yaml"))
+    assert again == config and methods.complete(runtime.resolve(again)) == config
+    assert runfolder.check_resume(methods.complete(again), config) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_stored_config_that_cannot_be_read(tmp_path: Path) -> None:
+    assert runfolder.stored_config(tmp_path) is None
+    path = tmp_path / "config.yaml"
+    for content in (b"a: [\n", b"- list\n", b"steps: many\n", b"stepz: 3\n", b"\xff\xfe\x00"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=str(path)):
+            runfolder.stored_config(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------- what may change
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["workers=7", "checkpoint.every=3", "checkpoint.keep_last=9", "eval.every=5", "eval.train=T", "eval.k=[1]", "stop_at=50"],
+)
+def test_free_changes(change: str) -> None:
+    assert runfolder.check_resume(resolved(change), resolved()) == []
+
+
+@pytest.mark.parametrize(
+    "change, key",
+    [
+        ("seed=1", "seed"),
+        ("global_batch=32", "global_batch"),
+        ("accumulate=2", "accumulate"),
+        ("optimizer.lr=0.1", "optimizer.lr"),
+        ("data=elsewhere", "data.path"),
+        ("backbone=resnet18", "backbone.name"),
+        ("backbone.depth=3", "backbone.depth"),
+        ("method.out_dim=3", "method.out_dim"),
+        ("precision=bf16", "precision"),
+        ("threads=63", "threads"),
+        ("deterministic=false", "deterministic"),
+        ("views.local.count=2", "views.local.count"),
+        ("views.global.blur=[0.5, 0.5]", "views.global.blur"),
+        ("steps=99", "steps"),
+        ("epochs=3", "epochs"),
+    ],
+)
+def test_refused_changes(change: str, key: str) -> None:
+    with pytest.raises(UserError) as caught:
+        runfolder.check_resume(resolved(change) if "epochs" not in change else grown(change), resolved())
+    assert key in str(caught.value) and len(str(caught.value).splitlines()) <= 2
+
+
+def grown(change: str) -> Config:
+    return methods.complete(runtime.resolve(load(None, ["device=cpu", "precision=fp32", change])))
+
+
+def test_a_longer_run_is_announced() -> None:
+    notes = runfolder.check_resume(resolved("steps=200"), resolved())
+    assert len(notes) == 1 and "steps" in notes[0] and "100" in notes[0] and "200" in notes[0]
+    epochs = [grown("epochs=3"), grown("epochs=2")]
+    assert len(runfolder.check_resume(*epochs)) == 1
+
+
+def test_auto_means_what_the_run_used() -> None:
+    """A resume that says nothing takes over precision, device, determinism and threads of the run."""
+    stored = resolved("precision=bf16", "threads=3", "deterministic=false")
+    asked = load(None, ["steps=100"])
+    adopted = runfolder.adopt(asked, stored)
+    assert (adopted.precision, adopted.device, adopted.threads, adopted.deterministic) == ("bf16", "cpu", 3, False)
+    assert runfolder.check_resume(methods.complete(runtime.resolve(adopted)), stored) == []
+    said = runfolder.adopt(load(None, ["steps=100", "threads=2", "precision=fp32"]), stored)
+    assert (said.threads, said.precision) == (2, "fp32")

@@ -1,0 +1,71 @@
+"""Stop signals become a flag; handlers are put back; the third interrupt kills."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from selfsup.signals import STOP_SIGNALS, StopSignals
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_sets_the_flag(number: signal.Signals) -> None:
+    with StopSignals() as signals:
+        assert not signals.agreed() and signals.received is None
+        os.kill(os.getpid(), number)
+        assert signals.agreed() and signals.received is number
+        assert signals.agreed()  # and stays
+
+
+def test_which_signals() -> None:
+    """Interrupts, SLURM's warnings (USR1, USR2) and its preemption (TERM)."""
+    assert set(STOP_SIGNALS) == {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+
+
+def test_handlers_are_put_back() -> None:
+    """Ours, Python's own, and ignored ones, also after an exception."""
+    seen = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    ignored = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    try:
+        with pytest.raises(RuntimeError), StopSignals():
+            raise RuntimeError
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert seen == [signal.SIGUSR1]
+        assert signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        signal.signal(signal.SIGUSR2, ignored)
+
+
+def test_works_outside_the_main_thread() -> None:
+    """Python lets only the main thread set handlers: a run in another thread trains without them."""
+    found = []
+
+    def body() -> None:
+        with StopSignals() as signals:
+            found.append(signals.agreed())
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert found == [False]
+
+
+def test_third_interrupt_kills() -> None:
+    """A step that hangs can be left: two interrupts ask, the third ends the process with 130."""
+    script = (
+        "import os, signal\n"
+        "from selfsup.signals import StopSignals\n"
+        "with StopSignals() as s:\n"
+        "    for i in range(3):\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        print(i, flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130
+    assert done.stdout.split() == ["0", "1"]
