@@ -1,0 +1,345 @@
+"""Features of frozen backbones: one pass over the images for every layer and pooling, into memory-mapped files.
+
+Each rank computes its own contiguous part of the rows and writes it into the same files. Finished files are kept under
+RUN/eval/features/KEY and found again by KEY, a hash of everything the values depend on; the folder may be deleted.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selfsup import dist
+from selfsup.backbones import Backbone
+from selfsup.data.eval_transform import eval_batches
+from selfsup.data.sources import BadImage
+from selfsup.errors import UserError
+
+from . import results
+from .datasets import Images
+from .progress import Progress
+from .settings import FeatureSettings
+from .targets import Target
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_PIXEL_SIDE = 32  # raw pixels of large photographs are looked at in this size
+_STATISTICS_IMAGES = 10_000
+
+
+class Request(NamedTuple):
+    """One feature: a pooling of a layer. layer: index (negative from the end) or 'lastN', the last N concatenated."""
+
+    pooling: str
+    layer: int | str = -1
+
+    @property
+    def name(self) -> str:
+        """'cls+patchmean', 'cls@last4', 'patchmean@5'."""
+        return self.pooling if self.layer == -1 else f"{self.pooling}@{self.layer}"
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What happens to an image: shorter side to `resize`, centre crop to `size`, values in [0, 1] normalised per channel."""
+
+    size: int
+    resize: int
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass
+class FeatureFile:
+    """Features of N images, one memory-mapped float32 array [N, D] a request; temporary files go with this object."""
+
+    folder: Path
+    protocol: dict[str, Any]
+    cached: bool = False
+    """Whether every array was found from an earlier evaluation."""
+
+    def array(self, request: Request) -> np.ndarray:
+        """Rows in the order of the images."""
+        return np.load(_file(self.folder, request), mmap_mode="r")
+
+    def readable(self, request: Request) -> np.ndarray:
+        """bool [N]: False for images that could not be read; their rows are NaN."""
+        return np.isfinite(self.array(request)[:, 0])
+
+
+# ----------------------------------------------------------------------------------------------------------- transform
+
+
+def transform_for(target: Target, images: Images, settings: FeatureSettings) -> Transform:
+    """The transform of an evaluation. Pixels are normalised by the statistics of `images`, the training ones."""
+    if target.backbone is None:
+        size = settings.size or min(_PIXEL_SIDE, _native_size(images))
+    elif settings.size is not None:
+        size = settings.size
+    else:
+        size = target.config.views.global_.size if target.config is not None else target.backbone.input_size
+    if settings.resize is not None and settings.resize < size:
+        raise UserError(f"resize={settings.resize} is smaller than the size {size}; the centre crop must fit inside")
+    resize = settings.resize or (size if size < 96 else round(size * 256 / 224))
+    if target.backbone is not None:
+        target.backbone.check_size(size)
+        return Transform(size, resize, settings.interpolation, target.backbone.mean, target.backbone.std)
+    channels = images.source.channels
+    plain = Transform(size, resize, settings.interpolation, (0.0,) * channels, (1.0,) * channels)
+    mean, std = _pixel_statistics(images, plain, settings)
+    return Transform(size, resize, settings.interpolation, mean, std)
+
+
+def _native_size(images: Images) -> int:
+    """Shorter side of the first readable image."""
+    for i in images.indices:
+        try:
+            height, width = np.asarray(images.source.read(int(i))).shape[:2]
+        except BadImage:
+            continue
+        return min(height, width)
+    raise UserError(f"{images.spec}: none of its {len(images)} images can be read")
+
+
+def _pixel_statistics(images: Images, transform: Transform, settings: FeatureSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Channel means and standard deviations over (at most 10,000 evenly spaced) images, every rank all of them."""
+    chosen = images.indices[np.unique(np.linspace(0, len(images) - 1, min(len(images), _STATISTICS_IMAGES)).astype(int))]
+    total, square, count = torch.zeros(()), torch.zeros(()), 0
+    for x, _, _ in _batches(images, chosen, transform, settings):
+        x = x.double()
+        total, square, count = total + x.sum((0, 2, 3)), square + x.square().sum((0, 2, 3)), count + x[:, 0].numel()
+    mean = total / count
+    std = (square / count - mean.square()).clamp_min(0).sqrt()
+    std = torch.where(std > 1e-6, std, torch.ones_like(std))
+    return tuple(round(v, 8) for v in mean.tolist()), tuple(round(v, 8) for v in std.tolist())
+
+
+def _batches(
+    images: Images,
+    indices: np.ndarray,
+    transform: Transform,
+    settings: FeatureSettings,
+    on_bad: Callable[[str, str], None] | None = None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    return eval_batches(
+        images.source,
+        **asdict(transform),
+        batch_size=settings.batch_size,
+        workers=settings.workers,
+        indices=indices,
+        on_bad=on_bad or (lambda name, reason: None),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ requests
+
+
+def layer_count(backbone: Backbone) -> int:
+    """Blocks of a ViT, stages of a pyramid."""
+    return len(getattr(backbone.model, "feature_info", None) or [])
+
+
+def check_requests(target: Target, requests: Sequence[Request]) -> None:
+    """Raise UserError for a layer or pooling that this target does not have."""
+    for request in requests:
+        if request.pooling == "pooled" and request.layer != -1:
+            raise UserError(f"layer={request.layer} with pooling=pooled: pooled is the backbone's own output; use cls or patchmean")
+        if target.backbone is None:
+            if request != Request("pooled"):
+                raise UserError(f"pooling={request.pooling}, layer={request.layer}: raw pixels have neither; use pooling=pooled layer=-1")
+        elif request.layer != -1:
+            _layers_of(target.backbone, request.layer)
+
+
+def _layers_of(backbone: Backbone, layer: int | str) -> list[int]:
+    """Layers from the end: -1 -> [1], 'last3' -> [3, 2, 1], 5 of 12 -> [7]."""
+    count = layer_count(backbone)
+    far = int(layer[4:]) if isinstance(layer, str) else (-layer if layer < 0 else count - layer)
+    if not 1 <= far <= count:
+        raise UserError(f"layer={layer}: {backbone.name} has layers 0 to {count - 1} (or -1 to -{count}, or last{count})")
+    return list(range(far, 0, -1)) if isinstance(layer, str) else [far]
+
+
+def compute(backbone: Backbone | None, images: Tensor, requests: Sequence[Request]) -> list[Tensor]:
+    """Features of a batch [B, C, S, S]: [B, D_r] a request. One forward pass for the last layer, one for all the others."""
+    if backbone is None:
+        return [images.flatten(1) for _ in requests]
+    far = max((_layers_of(backbone, r.layer)[0] for r in requests if r.layer != -1), default=0)
+    tokens = backbone.tokens(images, far) if far else []
+    if any(r.layer == -1 for r in requests):
+        f = backbone(images)
+        last = (f.cls, f.patches.mean(dim=(2, 3)))
+    out = []
+    for request in requests:
+        if request.pooling == "pooled":
+            out.append(f.pooled)
+            continue
+        chosen = [last] if request.layer == -1 else [tokens[-n] for n in _layers_of(backbone, request.layer)]
+        parts = []
+        for cls, patchmean in chosen:
+            if "cls" in request.pooling:
+                if cls is None:
+                    raise UserError(f"pooling={request.pooling}: {backbone.name} has no class token; use pooled or patchmean")
+                parts.append(cls)
+            if "patchmean" in request.pooling:
+                parts.append(patchmean)
+        out.append(torch.cat(parts, dim=1))
+    return out
+
+
+def forward_function(target: Target, settings: FeatureSettings, requests: Sequence[Request]) -> Callable[[Tensor], list[Tensor]]:
+    """Batch on the host -> float32 features on the target's device, without gradients, in the asked precision."""
+    kind = target.device.type
+
+    @torch.no_grad()
+    def forward(images: Tensor) -> list[Tensor]:
+        images = images.to(target.device, non_blocking=True)
+        cast = torch.autocast(kind, _DTYPES[settings.precision]) if settings.precision in _DTYPES else contextlib.nullcontext()
+        with cast:
+            return [x.float() for x in compute(target.backbone, images, requests)]
+
+    return forward
+
+
+# ---------------------------------------------------------------------------------------------------------- extraction
+
+
+def extract(
+    target: Target,
+    images: Images,
+    settings: FeatureSettings,
+    requests: Sequence[Request],
+    transform: Transform,
+    *,
+    what: str = "features",
+    scratch: Path | None = None,
+    quiet: bool = False,
+) -> FeatureFile:
+    """Features of `images` for every request; every rank calls it and gets the same. `what` names it in the progress.
+
+    scratch: a folder all ranks see, for what is not cached; default: the run, or a temporary one.
+    Raises UserError for a layer, pooling or size the backbone does not have, and for features that are not finite.
+    """
+    check_requests(target, requests)
+    requests = list(dict.fromkeys(requests))
+    facts = {
+        "transform": asdict(transform),
+        "resolution": transform.size,
+        "precision": settings.precision,
+        "device": target.device.type,
+    }
+    facts = json.loads(json.dumps(facts))
+    key = {"weights": target.checkpoint_hash, "images": images.fingerprint(), **facts, "versions": results.versions(), "format": 1}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    token = _agree(secrets.randbits(48) + 1)
+    folder, temporary = _folder(target, settings, digest, token, scratch)
+    found = FeatureFile(folder, facts)
+    if dist.is_main():
+        if temporary:
+            weakref.finalize(found, shutil.rmtree, folder, True)
+        _make(folder, key)
+    mask = _agree(sum(1 << i for i, r in enumerate(requests) if not _file(folder, r).is_file()) + 1) - 1
+    missing = [r for i, r in enumerate(requests) if mask >> i & 1]
+    if missing:
+        _write(target, images, settings, missing, transform, folder, token, what, quiet)
+    found.cached = not missing
+    return found
+
+
+def _agree(value: int) -> int:
+    """Rank 0's positive number, everywhere."""
+    return dist.agree(value if dist.is_main() else 0)
+
+
+def _file(folder: Path, request: Request) -> Path:
+    return folder / f"{request.name}.npy"
+
+
+def _folder(target: Target, settings: FeatureSettings, digest: str, token: int, scratch: Path | None) -> tuple[Path, bool]:
+    """(where the files go, whether they are temporary)."""
+    in_run = target.run is not None and os.access(target.run, os.W_OK)
+    if target.run is not None and in_run and settings.cache and scratch is None:
+        return target.run / "eval" / "features" / digest[:24], False
+    one_host = dist.env_world()[1] == dist.env_world()[3]
+    base = scratch or (Path(tempfile.gettempdir()) if one_host else target.run if in_run and target.run else Path.cwd())
+    return base / f".selfsup-features-{token:012x}", True
+
+
+def _make(folder: Path, key: dict[str, Any]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        results.write(key, folder / "key.json")
+    except OSError as error:
+        raise UserError(f"{folder}: features cannot be written: {error.strerror}; make room, or use cache=false") from None
+
+
+def _write(
+    target: Target, images: Images, settings: FeatureSettings, requests: list[Request], transform: Transform, folder: Path, token: int, what: str, quiet: bool
+) -> None:
+    forward = forward_function(target, settings, requests)
+    channels = images.source.channels
+    widths = [x.shape[1] for x in forward(torch.zeros(1, channels, transform.size, transform.size))]
+    partial = [folder / f".partial-{token:012x}-{r.name}.npy" for r in requests]
+    if dist.is_main():
+        needed = 4 * len(images) * sum(widths)
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise UserError(f"{folder}: features need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; make room or ask for fewer layers")
+        for path, width in zip(partial, widths):
+            np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(len(images), width)).flush()
+    dist.barrier()
+    files = [np.lib.format.open_memmap(path, mode="r+") for path in partial]
+    mine = np.array_split(np.arange(len(images)), dist.world())[dist.rank()]
+    written = np.zeros(len(images), dtype=bool)
+    bad: list[tuple[str, str]] = []
+    progress = Progress(len(mine), what, enabled=dist.is_main() and not quiet)
+    error: BaseException | None = None
+    try:
+        for x, _, ids in _batches(images, images.indices[mine], transform, settings, lambda *item: bad.append(item)):
+            rows = np.searchsorted(images.indices, ids.numpy())  # indices ascend
+            for request, file, value in zip(requests, files, forward(x)):
+                file[rows] = _finite(value, request, target, images, ids)
+            written[rows] = True
+            progress.advance(len(x))
+        missing = mine[~written[mine]]
+        for file in files:
+            file[missing] = np.nan
+            file.flush()
+        for name, reason in bad[:5]:
+            print(f"{what}: {name} left out: {reason}", file=sys.stderr)
+        if len(bad) > 5:
+            print(f"{what}: and {len(bad) - 5} more could not be read", file=sys.stderr)
+        if len(mine) and len(missing) == len(mine):
+            raise UserError(f"{images.spec}: none of {len(mine)} images can be read; the first: {bad[0][0]}: {bad[0][1]}")
+    except (UserError, OSError) as cause:
+        error = cause
+    progress.close()
+    dist.raise_together(error, "feature extraction")
+    if dist.is_main():
+        for path, request in zip(partial, requests):
+            os.replace(path, _file(folder, request))
+    dist.barrier()
+
+
+def _finite(value: Tensor, request: Request, target: Target, images: Images, ids: Tensor) -> np.ndarray:
+    rows = value.cpu()
+    broken = (~rows.isfinite().all(dim=1)).nonzero()[:, 0]
+    if len(broken):
+        name = images.source.name(int(ids[broken[0]]))
+        raise UserError(
+            f"{target.name}: the {request.name} feature of {name} is not finite; use precision=fp32, or look at the weights"
+        )
+    return rows.numpy()

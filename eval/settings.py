@@ -1,0 +1,137 @@
+"""Keys of the evaluation verbs: frozen, complete, refusing keys they do not know."""
+
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from selfsup import config
+from selfsup.config import Positive, Probability, Range, Section
+
+Pooling = Literal["pooled", "cls", "patchmean", "cls+patchmean"]
+"""pooled: what the backbone itself returns; cls: the class token; patchmean: mean over patches or map cells; both."""
+
+_LAYER = re.compile(r"^last[1-9]\d*$")
+
+
+def _as_tuple(value: Any) -> Any:
+    """A single value, 'a,b' or [a, b] as a tuple."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(","))
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _as_layer(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value) else value
+
+
+def _check_layer(value: int | str) -> int | str:
+    if isinstance(value, str) and not _LAYER.match(value):
+        raise ValueError("a layer is an index (-1 is the last) or 'last4' for the last four, concatenated")
+    return value
+
+
+Layer = Annotated[int | str, BeforeValidator(_as_layer), AfterValidator(_check_layer)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Many = BeforeValidator(_as_tuple)
+
+
+class LabelledData(Section):
+    """Labelled sets by name (see `data`)."""
+
+    train: str | None = None
+    val: str | None = None
+
+
+class EvalData(Section):
+    """Where images come from; what is not given is taken from the run's configuration."""
+
+    path: str | None = None
+    val: str | None = None
+    value_range: Range | None = None
+    max_pixels: Positive | None = None
+
+
+class FeatureSettings(Section):
+    """Keys shared by every verb that looks at features."""
+
+    data: EvalData = EvalData()
+    eval: LabelledData = LabelledData()
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Without a val set: this seeded, stratified part of the data is val."""
+    max_train: Positive | None = None
+    """At most so many training images (a seeded, stratified choice)."""
+    max_val: Positive | None = None
+    size: Positive | None = None
+    """Pixels, square. Default: the run's global crops; the backbone's input; at most 32 for pixels."""
+    resize: Positive | None = None
+    """Shorter side before the centre crop. Default: size * 256 / 224, or size itself below 96 pixels."""
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    channels: Positive | None = None
+    """Only for the target `pixels`; default: 1 if the images are grey, else 3."""
+    batch_size: Positive = 256
+    workers: Annotated[int, Field(ge=0)] = 2
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the backbone's forward pass; features are stored in float32."""
+    cache: bool = True
+    """Keep features under RUN/eval/features for the next evaluation of the same weights and images."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, values: Any) -> Any:
+        return config.expand_short_forms(values) if isinstance(values, dict) else values
+
+    @model_validator(mode="after")
+    def _check(self) -> "FeatureSettings":
+        if self.data.path is not None and self.eval.train is not None:
+            raise ValueError("give data or eval.train, not both: each names the training images")
+        if self.data.val is not None and self.eval.val is not None:
+            raise ValueError("give data.val or eval.val, not both: each names the val images")
+        if self.resize is not None and self.size is not None and self.resize < self.size:
+            raise ValueError(f"resize={self.resize} is smaller than size={self.size}; the centre crop must fit inside")
+        return self
+
+
+class KnnSettings(FeatureSettings):
+    """`selfsup eval knn`."""
+
+    k: Annotated[tuple[Positive, ...], Many, Field(min_length=1)] = (20, 10, 100, 200)
+    """The first one's figures are the result's `metrics`."""
+    temperature: Annotated[tuple[PositiveFloat, ...], Many, Field(min_length=1)] = (0.07,)
+    pooling: Pooling = "pooled"
+    layer: Layer = -1
+    backend: Literal["auto", "faiss", "torch"] = "auto"
+
+
+class LinearSettings(FeatureSettings):
+    """`selfsup eval linear`: every learning rate x layer x pooling at once."""
+
+    lr: Annotated[tuple[PositiveFloat, ...], Many, Field(min_length=1)] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    """At a batch of 256; used as lr * batch / 256."""
+    pooling: Annotated[tuple[Pooling, ...], Many, Field(min_length=1)] | None = None
+    """Default: pooled, and cls+patchmean where there is a class token (else patchmean)."""
+    layer: Annotated[tuple[Layer, ...], Many, Field(min_length=1)] = (-1,)
+    epochs: Positive = 50
+    batch: Positive = 256
+    """Images a step, over all ranks."""
+    momentum: Probability = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    standardize: bool = True
+    """Features to mean 0 and variance 1 by the training images' statistics, so that one grid suits every backbone."""
+    augment: bool = False
+    """Random resized crops and flips with a forward pass each epoch, instead of cached features."""
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """The seeded, stratified part of *train* on which learning rate, layer and pooling are chosen."""
+    refit: bool | None = None
+    """Train the chosen head again on all of train. Default: yes on cached features, no on augmented images."""
+
+
+VERBS: dict[str, type[FeatureSettings]] = {"knn": KnnSettings, "linear": LinearSettings}
+
+
+def resolve(verb: str, overrides: Iterable[str]) -> FeatureSettings:
+    """The verb's settings from KEY=VALUE words. Raises UserError naming the key and what would be right."""
+    return config.validate(VERBS[verb], config.parse_overrides(overrides), where=f"eval {verb}")
