@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from selfsup.backbones.checkpointing import set_checkpointing
 from selfsup.backbones.features import Features
 from selfsup.backbones.positions import PosInterp
+from selfsup.backbones.stochastic import restart
 from selfsup.errors import UserError
 
 Size = int | tuple[int, int]
@@ -168,6 +169,7 @@ class Backbone(nn.Module):
         message = self._misfit(images.shape[2], images.shape[3])
         if message is not None:
             raise UserError(message)
+        restart(self.model)  # a method is called, not the module: its hooks do not run
         try:
             return getattr(self.model, method)(images, **kwargs)
         except AssertionError as error:

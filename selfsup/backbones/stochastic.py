@@ -139,8 +139,8 @@ class StochasticKeys:
                 layer.draws, layer.rate_tensor = draws, old_rate
 
 
-def _restart(module: nn.Module, args: Any) -> None:
-    """Forward pre-hook of a parent: its layers count their calls from 0 again."""
+def restart(module: nn.Module, args: Any = None) -> None:
+    """Let the layers right inside `module` count their calls from 0; a forward pre-hook of every parent of such."""
     for child in module.children():
         if isinstance(child, KeyedLayer):
             child.calls = 0
@@ -158,7 +158,7 @@ def key_stochastic_layers(module: nn.Module, seed: int) -> StochasticKeys | None
         mine = [_replace(parent, name, child) for name, child in list(parent.named_children())]
         new = [layer for layer in mine if layer is not None]
         if new:
-            parent.register_forward_pre_hook(_restart)
+            parent.register_forward_pre_hook(restart)
             layers += new
             if getattr(parent, "fused_attn", False) and isinstance(getattr(parent, "attn_drop", None), KeyedDropout):
                 parent.__dict__["fused_attn"] = False  # fused attention draws its own dropout
