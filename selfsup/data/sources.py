@@ -29,7 +29,7 @@ def open_source(spec: str, *, channels: int, config: DataConfig | None = None) -
     """
     config = config or DataConfig()
     kind, _, rest = spec.partition(":")
-    if kind == "demo" and not os.path.exists(spec):
+    if kind == "demo":  # a folder of that name is ./demo
         split = rest or "train"
         if split not in _DEMO_SPLITS:
             raise UserError(f"data={spec}: no such part of the demo images; write demo, demo:train or demo:val")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import functional as tvf
 
 from selfsup.config import Crops, ViewsConfig
@@ -146,6 +147,35 @@ def test_the_input_is_left_alone_and_rows_are_independent():
     assert all((a == b).all() for a, b in zip(images, before, strict=True))
     halves = np.concatenate([ours(images[:11], params[:11]), ours(images[11:], params[11:])])
     assert (together == halves).all()
+
+
+class Watch(TorchDispatchMode):
+    """Names of the operations that make the host wait for a device, or read a size from it."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.seen = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen += 1
+        name = str(function)
+        if any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal.default")):
+            self.waits.append(name)
+        if "aten.index.Tensor" in name and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            self.waits.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_device():
+    view = multicrop(ViewsConfig(**{"global": Crops(blur=0.5, solarize=0.3)}))[0]
+    rows = torch.from_numpy(draw(view, 0, np.zeros(32, int), np.arange(32), np.full((32, 2), 32)))[None]
+    crops = torch.from_numpy(np.stack([noise(3, 32, i) for i in range(32)])).permute(0, 3, 1, 2)[None]
+    with Watch() as watch:
+        apply(crops, rows, (0.5,) * 3, (0.25,) * 3, "cpu")
+    assert watch.seen > 50 and not watch.waits
+    with Watch() as watch:
+        crops.max().item()
+    assert watch.waits  # the watch works
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

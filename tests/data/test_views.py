@@ -135,7 +135,8 @@ def test_draws_are_uncorrelated(views):
 def test_every_option_reaches_what_is_drawn():
     crops = Crops(
         count=2, size=20, scale=(0.9, 1.0), ratio=(1.0, 1.0), hflip=0, vflip=1, jitter=1, brightness=0, contrast=0.9,
-        saturation=0, hue=0.5, grayscale=(1.0, 0.0), blur=(0.0, 1.0), blur_sigma=(3.0, 3.0), solarize=(1.0, 0.0), solarize_threshold=77,
+        saturation=0, hue=0.5, grayscale=(1.0, 0.0), blur=(0.0, 1.0), blur_sigma=(3.0, 3.0), solarize=(1.0, 0.0),
+        solarize_threshold=77,
     )  # fmt: skip
     a, b = multicrop(ViewsConfig(**{"global": crops, "local": Crops(count=0)}))
     first, second = drawn(a, 100, 100, n=2000), drawn(b, 100, 100, n=2000)
