@@ -1,5 +1,6 @@
 """Results as one table and one picture."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def table(results: Sequence[Result]) -> None:
             f"{(r.peak_bytes or 0) / 2**30:.2f} / {d['peer_peak_bytes'] / 2**30:.2f}",
             r.claim,
         )
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(out)
     for line in dict.fromkeys(line for r in results for line in r.details.get("disclosures", ())):
         console.print(f"* {line}", highlight=False)

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import protocol
 
 
-def gemm_peak(dtype: str, seconds: float = 1.5) -> float:
+def gemm_peak(dtype: str, seconds: float = 0.7) -> float:
     """Floating-point operations a second of the best square matrix product, at `fp32` or `bf16`."""
     import torch
 

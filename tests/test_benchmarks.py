@@ -107,6 +107,7 @@ def test_rows_are_json_and_start_from_one_state():
     assert crops.dtype == torch.float32 and abs(float(crops.mean())) < 0.5 and 1 < float(crops.std()) < 1.6
 
 
+@pytest.mark.slow
 def test_step_against_lightly(tmp_path: Path):
     """Processes, pipes, equality of loss and gradients, counts, memory, table and picture; too few pairs to claim."""
     results = run.run([TINY], {}, threads=1, pairs=2)
