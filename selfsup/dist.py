@@ -3,7 +3,7 @@
 import datetime
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as td
@@ -115,13 +115,6 @@ def broadcast_module(module: nn.Module) -> None:
     if td.is_initialized():
         for tensor in [*module.parameters(), *module.buffers()]:
             td.broadcast(tensor.data, src=0)
-
-
-def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
-    """Rank 0's values on every rank, in place."""
-    if td.is_initialized():
-        for tensor in tensors:
-            td.broadcast(tensor, src=0)
 
 
 class GradientReducer:

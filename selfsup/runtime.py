@@ -10,6 +10,7 @@ import torch
 from selfsup import dist
 from selfsup.config import Config
 from selfsup.errors import UserError
+from selfsup.randomness import mix
 
 
 def pick_device(name: str) -> torch.device:
@@ -87,7 +88,10 @@ def settings(config: Config) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not config.deterministic
     try:
-        yield
+        # nothing of ours draws from torch's global generator; a user's method may, and gets the same numbers every time
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if config.device == "cuda" else []):
+            torch.manual_seed(mix(config.seed, dist.rank()) >> 1)
+            yield
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(was_deterministic)

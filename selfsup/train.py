@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from selfsup import checkpoint, dist, methods, runfolder, runtime
 from selfsup.backbones import Backbone
 from selfsup.backbones.export import export_timm
+from selfsup.batchnorm import synchronise
 from selfsup.config import Config
 from selfsup.data import photometric
 from selfsup.data.bad_files import BadFileLog
@@ -137,7 +138,7 @@ class Run:
         dtype = torch.float64 if config.precision == "fp64" else torch.float32
         method.to(device=device, dtype=dtype)
         method.train()
-        _configure(method, config, device)
+        _configure(method, config)
         dist.broadcast_module(method)
         trainable = [(n, p) for n, p in method.named_parameters() if p.requires_grad]
         optimizer = create_optimizer(config.optimizer, parameter_groups(trainable, config.optimizer.layer_decay))
@@ -199,8 +200,6 @@ class Run:
             note(
                 f"batch norm sees {per_device} images at a time: accumulate={c.accumulate} is not equal to one large batch"
             )
-        if self.method.batch_statistics and dist.world() > 1 and self.device.type == "cpu":
-            note("batch norm is not synchronised between processes on a CPU: figures differ from a single process")
 
     # ------------------------------------------------------------------------------------------------ state
 
@@ -267,10 +266,10 @@ class Run:
         dist.barrier()
 
 
-def _configure(method: nn.Module, config: Config, device: torch.device) -> None:
+def _configure(method: nn.Module, config: Config) -> None:
     """Options that change how a method computes, not what."""
-    if dist.world() > 1 and device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    if dist.world() > 1:
+        synchronise(method)
     for backbone in method.backbones().values():  # type: ignore[operator]
         if config.grad_checkpointing and any(p.requires_grad for p in backbone.parameters()):
             backbone.set_grad_checkpointing(True)
@@ -323,8 +322,6 @@ def _loop(run: Run, signals: StopSignals, evaluate_backbone: Evaluate | None) ->
             if run.scale is not None:
                 run.scale.update(ok)
             run.refused_in_row = (run.refused_in_row + 1) * (1 - ok)
-            if buffers and run.device.type == "cpu":
-                dist.broadcast_tensors(buffers)
             run.step += 1
 
             recorder.record(run.step, s, {**parts, "grad_norm": norm, "refused": run.refused_in_row})

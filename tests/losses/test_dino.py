@@ -54,7 +54,10 @@ def test_pairs_written_out() -> None:
     student, teacher = (x.double() for x in draw(32, 3))
     q = teacher_probabilities(teacher, torch.ones(32, dtype=torch.float64), 0.05)
     pairs = [
-        -(q[t] * torch.log_softmax(student[s] / 0.1, -1)).sum(-1).mean() for t in range(2) for s in range(VIEWS) if s != t
+        -(q[t] * torch.log_softmax(student[s] / 0.1, -1)).sum(-1).mean()
+        for t in range(2)
+        for s in range(VIEWS)
+        if s != t
     ]
     torch.testing.assert_close(dino_loss(student, q, 0.1), torch.stack(pairs).mean(), rtol=1e-12, atol=0)
 

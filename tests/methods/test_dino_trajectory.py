@@ -6,13 +6,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from selfsup.data.loader import Loader
-from selfsup.data.sources import open_source
 
 import selfsup
 from selfsup import methods
-from selfsup.config import dump
+from selfsup.config import BackboneConfig, dump
 from selfsup.data import photometric
+from selfsup.data.loader import Loader
+from selfsup.data.sources import open_source
 from selfsup.log import read_metrics
 from tests.methods import oracle_dino
 from tests.methods.tiny import cli, tiny_config, write_images
@@ -154,3 +154,25 @@ def test_two_processes_with_drop_path(images: Path, tmp_path: Path, overrides: l
     one, two = ([line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("one", "two"))
     assert len(one) == 10
     assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_two_processes_with_batch_norm(images: Path, tmp_path: Path) -> None:
+    """Batch norm in backbone and head is synchronised: float64, two processes, the losses of one."""
+    config = tiny_config(
+        "dino",
+        f"data={images}",
+        "precision=fp64",
+        "backbone=resnet10t",
+        "steps=4",
+        "method.head_batch_norm=true",
+    )
+    # tiny_config's other backbone options are a ViT's
+    config = config.model_copy(update={"backbone": BackboneConfig(name="resnet10t")})
+    selfsup.train(config, out=tmp_path / "one", quiet=True)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump(config))
+    done = cli("train", str(recipe), "--out", str(tmp_path / "two"), processes=2)
+    assert done.returncode == 0, done.stderr
+    one, two = ([line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("one", "two"))
+    assert len(one) == 4
+    assert two == pytest.approx(one, rel=1e-7)
