@@ -80,10 +80,13 @@ class _Resampled(nn.Module):
         x = x.reshape(x.shape[0], -1, x.shape[-1])  # [B, h*w, D]
         tokens = [getattr(self, key, None) for key in ("cls_token", "reg_token", "dist_token")]
         first = [token.expand(x.shape[0], -1, -1) for token in tokens if token is not None]
+        # Nothing to prepend: no torch.cat, which would change the memory layout and with it the last bits.
         if self.no_embed_class:
-            x = torch.cat([*first, x + pos], dim=1)
+            x = x + pos
+            x = torch.cat([*first, x], dim=1) if first else x
         else:
-            x = torch.cat([*first, x], dim=1) + pos
+            x = torch.cat([*first, x], dim=1) if first else x
+            x = x + pos
         return self.pos_drop(x)
 
 
