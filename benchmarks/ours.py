@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from selfsup.data.loader import Batch
 from torch import Tensor
 
 from benchmarks.peers import Dino, Lightly
@@ -17,6 +16,7 @@ from benchmarks.rows import Row
 from selfsup import config as configuration
 from selfsup import runtime, train
 from selfsup.config import Config
+from selfsup.data.loader import Batch
 from selfsup.data.views import ViewParams
 from selfsup.schedules import Plan, constant
 from selfsup.signals import StopSignals
