@@ -193,9 +193,8 @@ def test_collectives_agreements_and_signals(tmp_path: Path) -> None:
 SAVE = """
 torch.manual_seed(rank)
 torch.rand(rank + 1)
-state = lambda step: checkpoint.State(
-    model={"w": torch.full((3,), float(step))}, optimizer={}, rank=checkpoint.rng_state(torch.device("cpu")), trainer={"step": step}
-)
+cpu = torch.device("cpu")
+state = lambda step: checkpoint.State({"w": torch.full((3,), float(step))}, {}, checkpoint.rng_state(cpu), {"step": step})
 root = folder / "checkpoints"
 for step in (1, 2):
     checkpoint.save(root, step, state(step), keep_last=2)
