@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from selfsup.data.base import Source
-from selfsup.data.decode import BadImage, Pixels
+from selfsup.data.decode import BadImage
 from selfsup.data.sampler import Order, step_positions
-from selfsup.data.views import P, View, crops_of, draw, resolutions
+from selfsup.data.views import P, Prepared, View, crops_of, draw, prepare, resolutions
 from selfsup.errors import UserError
 
 _PROBES = 1000
@@ -67,7 +68,7 @@ class BatchMaker:
         self.source, self.seed, self.split = source, seed, split
         self.groups = resolutions(views)
         self.order = Order(len(source), seed)
-        self._kept: dict[int, Pixels] = {}
+        self._kept: dict[int, Prepared] = {}
 
     def __call__(self, step: int, micro: int) -> Batch:
         """The micro-batch `micro` of `step`. Raises UserError when too many images in a row cannot be read."""
@@ -79,7 +80,7 @@ class BatchMaker:
         labels = np.full(count, -1, np.int64)
         bad: list[tuple[str, str]] = []
         known = self.source.labels
-        images: list[Pixels] = []
+        images: list[Prepared] = []
         start = pixels = 0
         for b, asked in enumerate(ids.tolist()):
             image, found = self._read(asked, bad)
@@ -100,7 +101,7 @@ class BatchMaker:
             bad=bad,
         )
 
-    def _read(self, asked: int, bad: list[tuple[str, str]]) -> tuple[Pixels, int]:
+    def _read(self, asked: int, bad: list[tuple[str, str]]) -> tuple[Prepared, int]:
         """The image asked for, or the next one that can be read, and its number."""
         n = len(self.source)
         for i in range(min(n, _PROBES)):
@@ -112,18 +113,19 @@ class BatchMaker:
         name, reason = bad[-1]
         raise UserError(f"data: {min(n, _PROBES)} images in a row cannot be read; the last is {name}: {reason}")
 
-    def _decoded(self, i: int) -> Pixels:
+    def _decoded(self, i: int) -> Prepared:
         """Image i; decoded images of a small set of small images are kept."""
         if (kept := self._kept.get(i)) is not None:
             return kept
-        image = self.source.read(i)
+        image = prepare(self.source.read(i))
         height, width = pixel_size(image)
         if len(self.source) * (height * width * self.source.channels + _OVERHEAD) <= _KEEP:
-            image = self._kept[i] = image.copy()  # without the decoder's state
+            image = image.copy() if isinstance(image, Image.Image) else image  # without the decoder's state
+            self._kept[i] = image
         return image
 
     def _crop(
-        self, images: list[Pixels], epochs: np.ndarray, ids: np.ndarray, crops: list[np.ndarray], params: list[np.ndarray]
+        self, images: list[Prepared], epochs: np.ndarray, ids: np.ndarray, crops: list[np.ndarray], params: list[np.ndarray]
     ) -> None:
         """Fill crops [V,b,S,S,C] and params [V,b,P] of each resolution for b decoded images."""
         sizes = np.array([pixel_size(image) for image in images])
@@ -133,6 +135,8 @@ class BatchMaker:
                 out[v] = crops_of(images, drawn[v], view.size, view.crops.interpolation)
 
 
-def pixel_size(image: Pixels) -> tuple[int, int]:
+def pixel_size(image: Prepared) -> tuple[int, int]:
     """Height and width."""
-    return (image.shape[0], image.shape[1]) if isinstance(image, np.ndarray) else (image.height, image.width)
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    return (image.shape[0], image.shape[1]) if isinstance(image, np.ndarray) else (image.shape[2], image.shape[3])

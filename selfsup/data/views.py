@@ -10,10 +10,13 @@ RandomHorizontalFlip, ColorJitter, RandomGrayscale, and the blur and solarizatio
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
 
 from selfsup.config import Crops, ViewsConfig
 from selfsup.data.decode import Pixels
@@ -31,6 +34,10 @@ _I, _J, _HFLIP, _VFLIP, _JITTER, _FACTORS, _ORDER, _GRAY, _BLUR, _SIGMA, _SOLARI
     2 * _ATTEMPTS + k for k in (0, 1, 2, 3, 4, 5, 9, 10, 11, 12, 13, 14)
 )
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+Prepared = Image.Image | np.ndarray | Tensor
+"""An image as `crops_of` takes it; see `prepare`."""
 
 
 class ViewParams(NamedTuple):
@@ -162,32 +169,53 @@ def sample_params(view: View, seed: int, epoch: int, index: int, height: int, wi
 
 
 def crop(image: Pixels, params: ViewParams, size: int, interpolation: str = "bicubic") -> np.ndarray:
-    """The resized and flipped crop: uint8 [C,size,size].
+    """The resized and flipped crop, uint8 [C,size,size]: torchvision's `resized_crop`, `hflip` and `vflip`.
 
-    Equals torchvision's `resized_crop`, `hflip` and `vflip` of the PIL image bit for bit.
+    Grey images and those of more than four channels equal PIL's resizing bit for bit. Three and four channels take torch's
+    uint8 kernel, five to seven times faster: within a level of PIL's, except that bicubic overshoot is cut between
+    the two passes in another order (mean difference below 0.5 levels on noise, 0.01 on photographs). Alpha, if
+    there is any, is a channel like the others.
     """
-    return crops_of([image], params.pack()[None], size, interpolation)[0].transpose(2, 0, 1)  # [S,S,C] -> [C,S,S]
+    return crops_of([prepare(image)], params.pack()[None], size, interpolation)[0].transpose(2, 0, 1)  # [S,S,C] -> [C,S,S]
 
 
-def crops_of(images: Sequence[Pixels], params: np.ndarray, size: int, interpolation: str) -> np.ndarray:
-    """As `crop`, one for each of B images of one mode: params [B,P] -> uint8 [B,size,size,C]."""
+def prepare(image: Pixels) -> Prepared:
+    """What `crops_of` takes: colour images as tensors [1,C,H,W], channels last in memory; others as they are."""
+    if isinstance(image, Image.Image) and image.mode in ("RGB", "RGBA"):
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # [H,W,C] -> [1,C,H,W]
+    return image
+
+
+def crops_of(images: Sequence[Prepared], params: np.ndarray, size: int, interpolation: str) -> np.ndarray:
+    """As `crop`, one for each of B images of one kind: params [B,P] -> uint8 [B,size,size,C]."""
     resample = RESAMPLE[interpolation]
     geometry = params[:, :4].astype(np.int64)
     geometry[:, 2:] += geometry[:, :2]  # width, height -> right, bottom
     boxes: list[tuple[int, int, int, int]] = [(x, y, r, b) for x, y, r, b in geometry.tolist()]
-    first = images[0]
-    if isinstance(first, Image.Image):  # one sheet for all, so that PIL hands over its pixels once
-        sheet = Image.new(first.mode, (size, size * len(images)))
-        for i, (image, box) in enumerate(zip(images, boxes, strict=True)):
-            assert isinstance(image, Image.Image)
+    pairs: list[tuple[Any, tuple[int, int, int, int]]] = list(zip(images, boxes, strict=True))
+    if isinstance(images[0], Image.Image):  # one sheet for all, so that PIL hands over its pixels once
+        sheet = Image.new(images[0].mode, (size, size * len(images)))
+        for i, (image, box) in enumerate(pairs):
             sheet.paste(resized(image, box, (size, size), resample), (0, size * i))
-        out = np.frombuffer(sheet.tobytes(), np.uint8).reshape(len(images), size, size, -1)
+        out = np.array(sheet).reshape(len(images), size, size, -1)
+    elif isinstance(images[0], np.ndarray):
+        out = np.stack([resized_array(image, box, (size, size), resample) for image, box in pairs])
     else:
-        arrays = [image if isinstance(image, np.ndarray) else np.asarray(image) for image in images]
-        out = np.stack([resized_array(a, box, (size, size), resample) for a, box in zip(arrays, boxes, strict=True)])
-    hflip, vflip = params[:, 4] > 0, params[:, 5] > 0
-    out = np.where(hflip[:, None, None, None], out[:, :, ::-1], out) if hflip.any() else out
-    return np.where(vflip[:, None, None, None], out[:, ::-1], out) if vflip.any() else out
+        out = np.empty((len(images), size, size, images[0].shape[1]), np.uint8)
+        for target, (image, box) in zip(torch.from_numpy(out), pairs, strict=True):
+            target.copy_(_resized_tensor(image, box, size, interpolation))
+    for image, hflip, vflip in zip(torch.from_numpy(out), params[:, 4] > 0, params[:, 5] > 0, strict=True):
+        if hflip or vflip:  # torch is several times faster than numpy at this
+            image.copy_(image.flip([axis for axis, flip in ((0, vflip), (1, hflip)) if flip]))
+    return out
+
+
+def _resized_tensor(image: Tensor, box: tuple[int, int, int, int], size: int, interpolation: str) -> Tensor:
+    """[1,C,H,W] -> uint8 [size,size,C]."""
+    left, top, right, bottom = box
+    part = image[:, :, top:bottom, left:right].contiguous(memory_format=torch.channels_last)
+    out = interpolate(part, size=(size, size), mode=interpolation, antialias=True)
+    return out[0].permute(1, 2, 0)
 
 
 def resized(

@@ -10,7 +10,7 @@ from torchvision.transforms import functional as tvf
 from selfsup.config import Crops, ViewsConfig
 from selfsup.data.photometric import apply
 from selfsup.data.sources import open_source
-from selfsup.data.views import ORDERS, ViewParams, crops_of, draw, multicrop
+from selfsup.data.views import ORDERS, ViewParams, crops_of, draw, multicrop, prepare
 from selfsup.errors import UserError
 
 PLAIN = ViewParams(0, 0, 1, 1, 0, 0, -1, 1, 1, 1, 0, 0, 0, -1)
@@ -104,7 +104,7 @@ def test_dinos_augmentation_on_real_images(channels):
     for view in multicrop(ViewsConfig(**{"global": crops, "local": Crops(count=4, size=16, scale=(0.05, 0.4))})):
         n = 120
         rows = draw(view, 3, np.zeros(n, int), np.arange(n), np.full((n, 2), 28))
-        images = list(crops_of([source.read(i) for i in range(n)], rows, view.size, view.crops.interpolation))
+        images = list(crops_of([prepare(source.read(i)) for i in range(n)], rows, view.size, view.crops.interpolation))
         params = [ViewParams.unpack(r) for r in rows]
         for got, image, p in zip(ours(images, params), images, params, strict=True):
             worst = max(worst, np.abs(got - with_pil(image, p)).mean())

@@ -160,24 +160,50 @@ def test_params_travel_as_float32():
 # ------------------------------------------------------------------------------------------------------------ crops
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_crops_equal_torchvision(mode, interpolation):
-    rng = np.random.default_rng(4)
-    channels = {"L": 1, "RGB": 3, "RGBA": 4}[mode]
-    array = rng.integers(0, 256, (61, 83, channels), dtype=np.uint8)
-    image = Image.fromarray(array[:, :, 0] if channels == 1 else array)
-    crops = Crops(count=1, size=24, scale=(0.05, 1.0), vflip=0.5, interpolation=interpolation)
+def random_crops(image, size, interpolation, count=40):
+    """Ours and torchvision's, as [count,C,S,S]."""
+    crops = Crops(count=1, size=size, scale=(0.05, 1.0), vflip=0.5, interpolation=interpolation)
     view = multicrop(ViewsConfig(**{"global": crops}))[0]
-    mode_of_tv = getattr(tvf.InterpolationMode, interpolation.upper())
-    for index in range(40):
-        p = sample_params(view, 0, 0, index, 61, 83)
-        expected = tvf.resized_crop(image, int(p.y), int(p.x), int(p.h), int(p.w), [24, 24], mode_of_tv)
+    mode = getattr(tvf.InterpolationMode, interpolation.upper())
+    ours, theirs = [], []
+    for index in range(count):
+        p = sample_params(view, 0, 0, index, image.height, image.width)
+        expected = tvf.resized_crop(image, int(p.y), int(p.x), int(p.h), int(p.w), [size, size], mode)
         expected = tvf.hflip(expected) if p.hflip else expected
         expected = tvf.vflip(expected) if p.vflip else expected
-        ours = crop(image, p, 24, interpolation)
-        assert ours.dtype == np.uint8 and ours.shape == (channels, 24, 24)
-        assert (ours == tvf.pil_to_tensor(expected).numpy()).all()
+        theirs.append(tvf.pil_to_tensor(expected).numpy())
+        ours.append(crop(image, p, size, interpolation))
+    return np.stack(ours), np.stack(theirs)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [24, 96])
+def test_grey_crops_equal_torchvision(interpolation, size):
+    array = np.random.default_rng(4).integers(0, 256, (61, 83), dtype=np.uint8)
+    ours, theirs = random_crops(Image.fromarray(array), size, interpolation)
+    assert ours.dtype == np.uint8 and ours.shape == (40, 1, size, size) and (ours == theirs).all()
+
+
+@pytest.mark.parametrize("interpolation, worst, mean", [("bilinear", 1, 0.5), ("bicubic", 30, 0.5)])
+@pytest.mark.parametrize("size", [24, 96])
+def test_colour_crops_equal_torchvision(pictures, interpolation, size, worst, mean):
+    """On noise, where the overshoot of bicubic filters is worst, and on pictures."""
+    noise = np.random.default_rng(4).integers(0, 256, (61, 83, 3), dtype=np.uint8)
+    ours, theirs = random_crops(Image.fromarray(noise), size, interpolation)
+    difference = np.abs(ours.astype(int) - theirs)
+    assert ours.shape == (40, 3, size, size) and difference.max() <= worst
+    assert difference.mean(axis=(1, 2, 3)).max() < mean
+    ours, theirs = random_crops(Image.fromarray(pictures[0]), size, interpolation)
+    assert np.abs(ours.astype(int) - theirs).mean(axis=(1, 2, 3)).max() < 0.15
+
+
+def test_four_channels_are_resized_each_alone():
+    """PIL would multiply colours by alpha, which four-channel measurements do not have."""
+    array = np.random.default_rng(4).integers(0, 256, (61, 83, 4), dtype=np.uint8)
+    ours, _ = random_crops(Image.fromarray(array), 24, "bilinear")
+    for c in range(4):
+        _, plane = random_crops(Image.fromarray(np.ascontiguousarray(array[:, :, c])), 24, "bilinear")
+        assert np.abs(ours[:, c : c + 1].astype(int) - plane).max() <= 1
 
 
 def test_crops_of_many_channels_equal_those_of_one():
