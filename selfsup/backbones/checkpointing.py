@@ -2,7 +2,8 @@
 
 timm's own switch recomputes a block with whatever masks its drop path holds at backward time, and counts a batch twice
 in the running statistics of batch norm. Here each block keeps the draws of its forward pass, and batch norm is held
-still while recomputing, so that results do not depend on the switch.
+still while recomputing, so that results do not depend on the switch. Under `torch.compile` blocks with batch norm are
+not recomputed.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from selfsup.backbones.stochastic import capture
+from selfsup.backbones.stochastic import capture, restart_all
 from selfsup.errors import UserError
 
 
@@ -61,8 +62,11 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     plain = type(self).forward
     if not (self.training and torch.is_grad_enabled()):
         return plain(self, *args, **kwargs)
-    if torch.compiler.is_compiling():  # the graph holds the masks as inputs: nothing to put back
-        return checkpoint(plain, self, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    if torch.compiler.is_compiling():
+        if _norms(self):  # a compiled recomputation would read running statistics that have moved on
+            return plain(self, *args, **kwargs)
+        restart_all(self)  # the graph holds the masks as inputs: nothing to put back
+        return checkpoint(_traced, self, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
     restored = capture(self)
 
     @contextlib.contextmanager
@@ -81,10 +85,21 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     )
 
 
+def _traced(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A block's forward that leaves the counts of calls as it found them, which tracing demands."""
+    out = type(block).forward(block, *args, **kwargs)
+    restart_all(block)
+    return out
+
+
+def _norms(module: nn.Module) -> list[_BatchNorm]:
+    return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
 @contextlib.contextmanager
 def _still_statistics(module: nn.Module) -> Iterator[None]:
     """Batch norm normalises by the batch, as in the forward pass, but does not count the batch again."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = _norms(module)
     buffers = [(m.running_mean, m.running_var, m.num_batches_tracked) for m in norms]
     for norm in norms:
         for key in ("running_mean", "running_var", "num_batches_tracked"):

@@ -44,7 +44,8 @@ def load_backbone(
     does not tell. pos_interp, mean, std: default to what was recorded, else to what the project of the file's layout
     used. timm_options: win over what was recorded; another `img_size` resamples the position embedding.
 
-    Prints the matched tensors, n/m, on stderr. Raises UserError when n < m, unless `allow_partial`, and for targets
+    Prints the matched tensors, n/m, on stderr; m counts those of the model and those of the file that are neither in
+    the model nor of a head. Raises UserError when n < m, unless `allow_partial` (n = 0 never passes), and for targets
     that cannot be read.
     """
     path, branch = _resolve(target, branch)

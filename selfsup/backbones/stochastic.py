@@ -146,6 +146,13 @@ def restart(module: nn.Module, args: Any = None) -> None:
             child.calls = 0
 
 
+def restart_all(module: nn.Module) -> None:
+    """`restart` for the layers anywhere inside."""
+    for child in module.modules():
+        if isinstance(child, KeyedLayer):
+            child.calls = 0
+
+
 def key_stochastic_layers(module: nn.Module, seed: int) -> StochasticKeys | None:
     """Replace every active DropPath and Dropout inside `module` by keyed ones; None if there are none.
 

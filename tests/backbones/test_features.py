@@ -154,6 +154,9 @@ def test_sizes_that_do_not_fit_say_which_do(small):
     with pytest.raises(UserError, match="sizes that work: 32, 48, 64, 80"):
         small("swin", patch_size=8, depths=[1, 1]).check_size(30)
     small("resnet").check_size((33, 70))
+    padded = small("vit", dynamic_img_pad=True)  # timm's option: pads to whole patches
+    padded.check_size((30, 45))
+    assert padded(torch.zeros(1, 3, 30, 45)).patches.shape[2:] == (4, 6)
 
 
 def test_a_trial_of_sizes_changes_nothing(small):

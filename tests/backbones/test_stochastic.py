@@ -255,6 +255,30 @@ def test_compiled_training_steps_do_not_recompile(small):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_compiled_recomputation(kind, small):
+    """Two resolutions, then backward, compiled and recomputed: the gradients of plain eager training."""
+    backbone = small(kind, drop_path_rate=0.5).train()
+    keys = key_stochastic_layers(backbone, seed=0)
+    images = [torch.randn(4, 3, 64, 64), torch.randn(4, 3, 32, 32)]
+
+    def gradients(function):
+        backbone.zero_grad()
+        loss = torch.zeros(())
+        for i, part in enumerate(images):
+            with keys.at(0, torch.arange(4) + 4 * i):
+                loss = loss + function(part).pooled.square().sum()
+        loss.backward()
+        return [p.grad.clone() for p in backbone.parameters()]
+
+    expected = gradients(backbone)
+    backbone.set_grad_checkpointing(True)
+    torch._dynamo.reset()
+    found = gradients(torch.compile(backbone, backend="aot_eager"))
+    torch._dynamo.reset()
+    assert all(torch.allclose(a, b, atol=1e-4 * b.abs().max().item()) for a, b in zip(found, expected, strict=True))
+
+
 def test_blocks_compiled_one_by_one_share_one_graph(small):
     from torch._dynamo.utils import counters
 
