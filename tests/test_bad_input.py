@@ -111,8 +111,8 @@ def test_keys_and_values(refused: Refused, recipe: Path, tmp_path: Path, overrid
     assert not (tmp_path / "run" / "config.yaml").exists()  # the folder can be used for the next try
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
-def test_no_cuda(refused: Refused, recipe: Path, tmp_path: Path) -> None:
+def test_no_cuda(refused: Refused, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "device=cuda" in refused("train", recipe, "device=cuda", "--out", tmp_path / "run")
 
 

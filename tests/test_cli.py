@@ -147,6 +147,15 @@ def test_print_config_of_the_demo(selfsup: Command) -> None:
     assert yaml.safe_load(out)["steps"] == 3
 
 
+def test_export_says_how_to_load(selfsup: Command, recipe: Path, tmp_path: Path) -> None:
+    """A run's backbone as a folder for timm, with the parity printed: exactly 0."""
+    assert selfsup("train", recipe, "stop_at=1", "--out", tmp_path / "run")[0] == 75
+    code, out, err = selfsup("export", tmp_path / "run", tmp_path / "out")
+    assert code == 0, err
+    assert f"local-dir:{tmp_path / 'out'}" in out and out.rstrip().endswith(" 0")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+
+
 # ----------------------------------------------------------------------------------------------------- wrong command lines
 
 
@@ -196,6 +205,14 @@ def test_train_stop_resume_done(selfsup: Command, recipe: Path, tmp_path: Path) 
 def test_resume_of_nothing_starts_at_the_beginning(selfsup: Command, recipe: Path, tmp_path: Path) -> None:
     code, _, err = selfsup("train", recipe, "stop_at=2", "--out", tmp_path / "run", "--resume")
     assert code == 75 and "starting at step 0" in err
+
+
+def test_resume_of_a_stopped_run_by_its_own_config(selfsup: Command, recipe: Path, tmp_path: Path) -> None:
+    """`train RUN/config.yaml --resume --out RUN` goes on: the stop of the first start is not a property of the run."""
+    run = tmp_path / "run"
+    assert selfsup("train", recipe, "stop_at=4", "--out", run)[0] == 75
+    code, _, err = selfsup("train", run / "config.yaml", "--out", run, "--resume")
+    assert code == 0, err
 
 
 def test_default_folder(selfsup: Command, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
