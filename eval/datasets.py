@@ -1,6 +1,8 @@
 """The labelled images of an evaluation: which are train, which are val, and that both mean the same by a class."""
 
 import hashlib
+import os
+import stat
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,12 +32,36 @@ class Images:
         return len(self.indices)
 
     def fingerprint(self) -> str:
-        """Of the source, the choice, and the bytes of a few images, so that images replaced under old names are noticed."""
+        """Of the names, the choice, and the pixels of a few images: the same wherever these images lie."""
         digest = hashlib.sha256(self.source.fingerprint().encode())
         digest.update(self.indices.astype("<i8").tobytes())
         for i in self.indices[np.unique(np.linspace(0, len(self.indices) - 1, 8).astype(int))]:
             digest.update(_content(self.source, int(i)))
         return digest.hexdigest()
+
+    def cache_key(self) -> str:
+        """The fingerprint, how files are decoded, and where they have files of their own their sizes and times.
+
+        So features are not reused when a file was replaced under its old name. One stat call an image.
+        """
+        digest = hashlib.sha256(self.fingerprint().encode())
+        config = self.source.config
+        digest.update(f"{self.source.channels} {config.value_range} {config.max_pixels}\n".encode())
+        whole = _stat(os.path.expanduser(self.spec))
+        digest.update(str(whole).encode())
+        if len(self) and _stat(self.source.name(int(self.indices[0]))) is not None:
+            for i in self.indices:
+                digest.update(str(_stat(self.source.name(int(i)))).encode())
+        return digest.hexdigest()
+
+
+def _stat(path: str) -> tuple[int, int] | None:
+    """(bytes, time of the last change) of a file; None for what is no file."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
 
 
 def _content(source: Source, index: int) -> bytes:
@@ -96,12 +122,15 @@ def open_pair(target: Target, settings: FeatureSettings, channels: int | None = 
     protocol: dict[str, Any] = {"train": train_spec}
     if val_spec is None:
         if len(labels) < 2:
-            raise UserError(f"{train_spec}: {len(labels)} image cannot be split into train and val; give data.val=PATH or at least 2")
+            raise UserError(f"{train_spec}: {len(labels)} image cannot be split; give data.val=PATH")
         train_index, val_index = split(labels, fraction=settings.val_fraction, seed=settings.seed)
         train, val = Images(train_source, train_index, train_spec), Images(train_source, val_index, train_spec)
         train_labels, val_labels = labels[train_index], labels[val_index]
         share = round(100 * settings.val_fraction)
-        protocol |= {"val": train_spec, "split": f"seeded stratified {100 - share}/{share} of {train_spec}, seed {settings.seed}"}
+        protocol |= {
+            "val": train_spec,
+            "split": f"seeded stratified {100 - share}/{share} of {train_spec}, seed {settings.seed}",
+        }
         protocol["split_hash"] = hashlib.sha256(np.sort(val_index).astype("<i8").tobytes()).hexdigest()
     else:
         val_source = _open(val_spec, channels, options)
@@ -167,7 +196,9 @@ def _open(spec: str, channels: int, options: DataConfig) -> Source:
 def _channels(target: Target, settings: FeatureSettings, spec: str) -> int:
     if target.backbone is not None:
         if settings.channels not in (None, target.backbone.in_chans):
-            raise UserError(f"channels={settings.channels}: {target.name} takes {target.backbone.in_chans}; leave it out")
+            raise UserError(
+                f"channels={settings.channels}: {target.name} takes {target.backbone.in_chans}; leave it out"
+            )
         return target.backbone.in_chans
     if settings.channels is not None:
         return settings.channels

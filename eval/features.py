@@ -4,7 +4,6 @@ Each rank computes its own contiguous part of the rows and writes it into the sa
 RUN/eval/features/KEY and found again by KEY, a hash of everything the values depend on; the folder may be deleted.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -16,39 +15,26 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from selfsup import dist
-from selfsup.backbones import Backbone
 from selfsup.data.eval_transform import eval_batches
 from selfsup.data.sources import BadImage
 from selfsup.errors import UserError
 
 from . import results
 from .datasets import Images
+from .poolings import Request, check_requests, forward_function
 from .progress import Progress
 from .settings import FeatureSettings
 from .targets import Target
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PIXEL_SIDE = 32  # raw pixels of large photographs are looked at in this size
 _STATISTICS_IMAGES = 10_000
-
-
-class Request(NamedTuple):
-    """One feature: a pooling of a layer. layer: index (negative from the end) or 'lastN', the last N concatenated."""
-
-    pooling: str
-    layer: int | str = -1
-
-    @property
-    def name(self) -> str:
-        """'cls+patchmean', 'cls@last4', 'patchmean@5'."""
-        return self.pooling if self.layer == -1 else f"{self.pooling}@{self.layer}"
 
 
 @dataclass(frozen=True)
@@ -114,9 +100,13 @@ def _native_size(images: Images) -> int:
     raise UserError(f"{images.spec}: none of its {len(images)} images can be read")
 
 
-def _pixel_statistics(images: Images, transform: Transform, settings: FeatureSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _pixel_statistics(
+    images: Images, transform: Transform, settings: FeatureSettings
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Channel means and standard deviations over (at most 10,000 evenly spaced) images, every rank all of them."""
-    chosen = images.indices[np.unique(np.linspace(0, len(images) - 1, min(len(images), _STATISTICS_IMAGES)).astype(int))]
+    chosen = images.indices[
+        np.unique(np.linspace(0, len(images) - 1, min(len(images), _STATISTICS_IMAGES)).astype(int))
+    ]
     total, square, count = torch.zeros(()), torch.zeros(()), 0
     for x, _, _ in _batches(images, chosen, transform, settings):
         x = x.double()
@@ -142,76 +132,6 @@ def _batches(
         indices=indices,
         on_bad=on_bad or (lambda name, reason: None),
     )
-
-
-# ------------------------------------------------------------------------------------------------------------ requests
-
-
-def layer_count(backbone: Backbone) -> int:
-    """Blocks of a ViT, stages of a pyramid."""
-    return len(getattr(backbone.model, "feature_info", None) or [])
-
-
-def check_requests(target: Target, requests: Sequence[Request]) -> None:
-    """Raise UserError for a layer or pooling that this target does not have."""
-    for request in requests:
-        if request.pooling == "pooled" and request.layer != -1:
-            raise UserError(f"layer={request.layer} with pooling=pooled: pooled is the backbone's own output; use cls or patchmean")
-        if target.backbone is None:
-            if request != Request("pooled"):
-                raise UserError(f"pooling={request.pooling}, layer={request.layer}: raw pixels have neither; use pooling=pooled layer=-1")
-        elif request.layer != -1:
-            _layers_of(target.backbone, request.layer)
-
-
-def _layers_of(backbone: Backbone, layer: int | str) -> list[int]:
-    """Layers from the end: -1 -> [1], 'last3' -> [3, 2, 1], 5 of 12 -> [7]."""
-    count = layer_count(backbone)
-    far = int(layer[4:]) if isinstance(layer, str) else (-layer if layer < 0 else count - layer)
-    if not 1 <= far <= count:
-        raise UserError(f"layer={layer}: {backbone.name} has layers 0 to {count - 1} (or -1 to -{count}, or last{count})")
-    return list(range(far, 0, -1)) if isinstance(layer, str) else [far]
-
-
-def compute(backbone: Backbone | None, images: Tensor, requests: Sequence[Request]) -> list[Tensor]:
-    """Features of a batch [B, C, S, S]: [B, D_r] a request. One forward pass for the last layer, one for all the others."""
-    if backbone is None:
-        return [images.flatten(1) for _ in requests]
-    far = max((_layers_of(backbone, r.layer)[0] for r in requests if r.layer != -1), default=0)
-    tokens = backbone.tokens(images, far) if far else []
-    if any(r.layer == -1 for r in requests):
-        f = backbone(images)
-        last = (f.cls, f.patches.mean(dim=(2, 3)))
-    out = []
-    for request in requests:
-        if request.pooling == "pooled":
-            out.append(f.pooled)
-            continue
-        chosen = [last] if request.layer == -1 else [tokens[-n] for n in _layers_of(backbone, request.layer)]
-        parts = []
-        for cls, patchmean in chosen:
-            if "cls" in request.pooling:
-                if cls is None:
-                    raise UserError(f"pooling={request.pooling}: {backbone.name} has no class token; use pooled or patchmean")
-                parts.append(cls)
-            if "patchmean" in request.pooling:
-                parts.append(patchmean)
-        out.append(torch.cat(parts, dim=1))
-    return out
-
-
-def forward_function(target: Target, settings: FeatureSettings, requests: Sequence[Request]) -> Callable[[Tensor], list[Tensor]]:
-    """Batch on the host -> float32 features on the target's device, without gradients, in the asked precision."""
-    kind = target.device.type
-
-    @torch.no_grad()
-    def forward(images: Tensor) -> list[Tensor]:
-        images = images.to(target.device, non_blocking=True)
-        cast = torch.autocast(kind, _DTYPES[settings.precision]) if settings.precision in _DTYPES else contextlib.nullcontext()
-        with cast:
-            return [x.float() for x in compute(target.backbone, images, requests)]
-
-    return forward
 
 
 # ---------------------------------------------------------------------------------------------------------- extraction
@@ -242,7 +162,13 @@ def extract(
         "device": target.device.type,
     }
     facts = json.loads(json.dumps(facts))
-    key = {"weights": target.checkpoint_hash, "images": images.fingerprint(), **facts, "versions": results.versions(), "format": 1}
+    key = {
+        "weights": target.checkpoint_hash,
+        "images": images.cache_key(),
+        **facts,
+        "versions": results.versions(),
+        "format": 1,
+    }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     token = _agree(secrets.randbits(48) + 1)
     folder, temporary = _folder(target, settings, digest, token, scratch)
@@ -268,7 +194,9 @@ def _file(folder: Path, request: Request) -> Path:
     return folder / f"{request.name}.npy"
 
 
-def _folder(target: Target, settings: FeatureSettings, digest: str, token: int, scratch: Path | None) -> tuple[Path, bool]:
+def _folder(
+    target: Target, settings: FeatureSettings, digest: str, token: int, scratch: Path | None
+) -> tuple[Path, bool]:
     """(where the files go, whether they are temporary)."""
     in_run = target.run is not None and os.access(target.run, os.W_OK)
     if target.run is not None and in_run and settings.cache and scratch is None:
@@ -283,11 +211,21 @@ def _make(folder: Path, key: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         results.write(key, folder / "key.json")
     except OSError as error:
-        raise UserError(f"{folder}: features cannot be written: {error.strerror}; make room, or use cache=false") from None
+        raise UserError(
+            f"{folder}: features cannot be written: {error.strerror}; make room, or use cache=false"
+        ) from None
 
 
 def _write(
-    target: Target, images: Images, settings: FeatureSettings, requests: list[Request], transform: Transform, folder: Path, token: int, what: str, quiet: bool
+    target: Target,
+    images: Images,
+    settings: FeatureSettings,
+    requests: list[Request],
+    transform: Transform,
+    folder: Path,
+    token: int,
+    what: str,
+    quiet: bool,
 ) -> None:
     forward = forward_function(target, settings, requests)
     channels = images.source.channels
@@ -297,7 +235,9 @@ def _write(
         needed = 4 * len(images) * sum(widths)
         free = shutil.disk_usage(folder).free
         if needed > free:
-            raise UserError(f"{folder}: features need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; make room or ask for fewer layers")
+            raise UserError(
+                f"{folder}: features need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; make room"
+            )
         for path, width in zip(partial, widths):
             np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(len(images), width)).flush()
     dist.barrier()
@@ -323,7 +263,9 @@ def _write(
         if len(bad) > 5:
             print(f"{what}: and {len(bad) - 5} more could not be read", file=sys.stderr)
         if len(mine) and len(missing) == len(mine):
-            raise UserError(f"{images.spec}: none of {len(mine)} images can be read; the first: {bad[0][0]}: {bad[0][1]}")
+            raise UserError(
+                f"{images.spec}: none of {len(mine)} images can be read; the first: {bad[0][0]}: {bad[0][1]}"
+            )
     except (UserError, OSError) as cause:
         error = cause
     progress.close()

@@ -20,7 +20,8 @@ from selfsup.errors import UserError
 
 from . import results
 from .datasets import LabelledPair, labelled_only, open_pair
-from .features import Request, extract, transform_for
+from .features import extract, transform_for
+from .poolings import Request
 from .search import Backend, neighbours
 from .settings import KnnSettings, resolve
 from .targets import Target, open_target
@@ -101,7 +102,7 @@ def classify(
         "val_images": len(queries),
         "unlabelled_left_out": {"train": unlabelled_bank, "val": unlabelled},
         "classes": classes,
-        "val_classes_not_in_train": int(len(np.setdiff1d(labels, bank_labels))),
+        "val_classes_not_in_train": len(np.setdiff1d(labels, bank_labels)),
     }
     clipped = [k for k in ks if k > len(bank)]
     if clipped:
@@ -115,7 +116,7 @@ def _labelled(features: np.ndarray, labels: np.ndarray, what: str) -> tuple[np.n
         raise UserError(f"{what}: {len(features)} feature rows but {len(labels)} labels; one label a row is needed")
     keep = labels >= 0
     if not keep.any():
-        raise UserError(f"{what}: none of {len(labels)} images has a label; k-NN and linear probes need class folders or a labelled list")
+        raise UserError(f"{what}: none of {len(labels)} images has a label; give class folders or a labelled list")
     if keep.all():
         return features, labels, 0
     return np.ascontiguousarray(features[keep]), labels[keep], int((~keep).sum())
@@ -125,7 +126,7 @@ def _labelled(features: np.ndarray, labels: np.ndarray, what: str) -> tuple[np.n
 
 
 def run(target: str, overrides: list[str], out: Path | None = None) -> dict[str, Any]:
-    """`selfsup eval knn TARGET`: print the result and write it to `out` or RUN/eval/knn*.json. Other ranks than 0 return {}."""
+    """`selfsup eval knn TARGET`: print the result, write it to `out` or RUN/eval/knn*.json. Ranks but 0 return {}."""
     result = evaluate_quietly(target, overrides, out)
     results.show(result, out)
     return result
@@ -139,7 +140,13 @@ def evaluate_quietly(target: str, overrides: list[str], out: Path | None = None)
     return evaluate(open_target(target, device=settings.device), settings, out)
 
 
-def evaluate(target: Target, settings: KnnSettings, out: Path | None = None, pair: LabelledPair | None = None, scratch: Path | None = None) -> dict[str, Any]:
+def evaluate(
+    target: Target,
+    settings: KnnSettings,
+    out: Path | None = None,
+    pair: LabelledPair | None = None,
+    scratch: Path | None = None,
+) -> dict[str, Any]:
     """The same for an opened target (and, if given, opened data); `scratch` as in `features.extract`."""
     pair, left_out = labelled_only(pair or open_pair(target, settings))
     request = Request(settings.pooling, settings.layer)
@@ -171,7 +178,7 @@ def evaluate(target: Target, settings: KnnSettings, out: Path | None = None, pai
         "seed": settings.seed,
         "versions": results.versions(),
     }
-    metrics = {key: first[key] for key in ("top1", "top5") if key in first}
+    metrics: dict[str, float] = {str(key): first[key] for key in ("top1", "top5") if key in first}
     result = results.result("knn", target, metrics, protocol, rows)
     results.save(result, target, out)
     return result

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from selfsup import dist
@@ -23,7 +22,8 @@ from selfsup.errors import UserError
 
 from . import results
 from .datasets import Labelled, LabelledPair, labelled_only, open_pair
-from .features import FeatureFile, Request, Transform, check_requests, extract, forward_function, transform_for
+from .features import FeatureFile, Transform, extract, transform_for
+from .poolings import Request, check_requests, forward_function
 from .probe import Cached, Probe, Recipe, statistics, steps_of, train_cached
 from .progress import Progress
 from .settings import LinearSettings, resolve
@@ -44,7 +44,7 @@ class Head:
 
 
 def run(target: str, overrides: list[str], out: Path | None = None) -> dict[str, Any]:
-    """`selfsup eval linear TARGET`: print the result and write it to `out` or RUN/eval/linear*.json. Other ranks than 0 return {}."""
+    """`selfsup eval linear TARGET`: print the result, write it to `out` or RUN/eval/linear*.json. Ranks but 0 return {}."""
     result = evaluate_quietly(target, overrides, out)
     results.show(result, out)
     return result
@@ -66,12 +66,16 @@ def grid(target: Target, settings: LinearSettings) -> list[Request]:
         poolings = ("pooled", "cls+patchmean") if has_cls else ("pooled", "patchmean")
     found = [Request(p, layer) for layer in settings.layer for p in poolings if p != "pooled" or layer == -1]
     if not found:
-        raise UserError(f"layer={settings.layer} with pooling=pooled: pooled is the backbone's own output (layer=-1); use cls or patchmean")
+        raise UserError(
+            f"layer={settings.layer} with pooling=pooled: it is the backbone's own output; use cls or patchmean"
+        )
     check_requests(target, found)
     return list(dict.fromkeys(found))
 
 
-def evaluate(target: Target, settings: LinearSettings, out: Path | None = None, pair: LabelledPair | None = None) -> dict[str, Any]:
+def evaluate(
+    target: Target, settings: LinearSettings, out: Path | None = None, pair: LabelledPair | None = None
+) -> dict[str, Any]:
     """The same for an opened target (and, if given, opened data)."""
     pair, left_out = labelled_only(pair or open_pair(target, settings))
     requests = grid(target, settings)
@@ -95,6 +99,7 @@ def evaluate(target: Target, settings: LinearSettings, out: Path | None = None, 
     else:
         rows, names, column = fit, requests, best
     final = probe.evaluate(trainer.data(names, val, pair.val_labels, rows).batches(val_rows))
+    dist.barrier()  # rank 0's temporary feature files end with this function
     if not dist.is_main():
         return {}
     metrics = {"top1": final["top1"].flatten()[column].item()}
@@ -106,9 +111,11 @@ def evaluate(target: Target, settings: LinearSettings, out: Path | None = None, 
         "layer": chosen.request.layer,
         "lr": chosen.lr,
         "trained_on": _describe(settings, transform),
-        "selected": f"best accuracy on a held-out {100 * settings.holdout:g}% of train (seeded, stratified; {len(held_out)} images); val seen once",
-        "refit": f"on all {len(rows)} training images" if refit else f"no: trained on {len(fit)} of {len(pair.train)} training images",
-        "optimizer": f"SGD, momentum {settings.momentum:g}, weight decay {settings.weight_decay:g}, cosine to 0, lr * batch / 256",
+        "selected": f"best accuracy on a held-out {100 * settings.holdout:g}% of train "
+        f"(seeded, stratified; {len(held_out)} images); val seen once",
+        "refit": f"{'on all' if refit else 'no, trained on'} {len(rows)} of {len(pair.train)} training images",
+        "optimizer": f"SGD, momentum {settings.momentum:g}, weight decay {settings.weight_decay:g}, "
+        "cosine to 0, lr * batch / 256",
         "epochs": settings.epochs,
         "batch": trainer.batch(len(rows)),
         "standardized": settings.standardize,
@@ -132,7 +139,9 @@ def evaluate(target: Target, settings: LinearSettings, out: Path | None = None, 
 def _hold_out(labels: np.ndarray, settings: LinearSettings, spec: str) -> tuple[np.ndarray, np.ndarray]:
     fit, held_out = split(labels, fraction=settings.holdout, seed=settings.seed + 1)  # not the split that made val
     if len(fit) == 0 or len(held_out) == 0:
-        raise UserError(f"{spec}: {len(labels)} labelled training images are too few to hold out {settings.holdout:g} of them; give at least 2 a class")
+        raise UserError(
+            f"{spec}: {len(labels)} labelled training images cannot be split for the choice of lr; give at least 2 a class"
+        )
     return np.sort(fit), np.sort(held_out)
 
 
@@ -140,7 +149,9 @@ def _choose(scores: dict[str, Tensor]) -> int:
     """Highest top1, then lowest loss, then first; the same head on every rank."""
     top1, loss = scores["top1"].flatten().tolist(), scores["loss"].flatten().tolist()
     if not any(math.isfinite(v) for v in loss):
-        raise UserError("lr: every probe diverged (its loss is not finite); give smaller learning rates, as in lr=0.0001,0.001")
+        raise UserError(
+            "lr: every probe diverged (its loss is not finite); give smaller learning rates, as in lr=0.0001,0.001"
+        )
     best = min(range(len(top1)), key=lambda i: (not math.isfinite(loss[i]), -top1[i], loss[i], i))
     return dist.agree(best + 1 if dist.is_main() else 0) - 1
 
@@ -178,7 +189,9 @@ def _note(chosen: Head, settings: LinearSettings, scores: dict[str, Tensor]) -> 
 class _Trainer:
     """Trains probes on cached features or on augmented images, standardised by the same statistics."""
 
-    def __init__(self, target: Target, settings: LinearSettings, transform: Transform, pair: LabelledPair, train: FeatureFile) -> None:
+    def __init__(
+        self, target: Target, settings: LinearSettings, transform: Transform, pair: LabelledPair, train: FeatureFile
+    ) -> None:
         self.target, self.settings, self.transform, self.pair, self.features = target, settings, transform, pair, train
         self._known: dict[tuple[Request, bytes], tuple[Tensor, Tensor]] = {}
 
@@ -231,7 +244,9 @@ class _Trainer:
         norms = self.statistics(requests, rows)
         progress = Progress(steps, f"{what} on augmented images: step", enabled=dist.is_main())
         for step, (micro,) in enumerate(loader.stream(0, steps)):
-            images = photometric.apply(micro.crops[0], micro.params[0], self.transform.mean, self.transform.std, self.target.device)
+            images = photometric.apply(
+                micro.crops[0], micro.params[0], self.transform.mean, self.transform.std, self.target.device
+            )
             found = forward(images[0])  # [1, B, C, S, S] -> one [B, D] a request
             if norms is not None:
                 found = [(x - mean) * scale for x, (mean, scale) in zip(found, norms)]

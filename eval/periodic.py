@@ -12,8 +12,9 @@ from selfsup.backbones import Backbone
 from selfsup.config import Config
 
 from .datasets import LabelledPair, labelled_only, open_pair
-from .features import FeatureFile, Request, extract, transform_for
+from .features import FeatureFile, extract, transform_for
 from .knn import classify
+from .poolings import Request
 from .settings import KnnSettings
 from .targets import Target, weights_hash
 
@@ -56,7 +57,9 @@ def _knn(
         transform = transform_for(target, pair.train, settings)
         scratch = run / "eval"
         files: list[FeatureFile] = [
-            extract(target, images, settings, [request], transform, what=what, scratch=scratch, quiet=len(images) < _QUIET)
+            extract(
+                target, images, settings, [request], transform, what=what, scratch=scratch, quiet=len(images) < _QUIET
+            )
             for what, images in (("k-NN: train", pair.train), ("k-NN: val", pair.val))
         ]
         top1 = torch.zeros(len(settings.k), dtype=torch.float64)

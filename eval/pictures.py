@@ -1,37 +1,33 @@
-"""Pictures of a run: attention of each head, patch features as colours, an embedding map, training curves. PNG, no display needed."""
+"""Pictures of a run: attention of each head, patch features as colours, a map of embeddings, and its curves."""
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from selfsup.backbones import Backbone
 from selfsup.data.eval_transform import eval_batches
 from selfsup.data.sources import open_source
 from selfsup.errors import UserError
-from selfsup.log import read_metrics
 
+from .canvas import BLUE, INK, bare, new_figure, save
+from .curves import curves
 from .datasets import Images, labelled_only, open_pair, stratified_choice
 from .features import Transform, transform_for
 from .settings import KnnSettings
 from .targets import Target, open_target
 
-_FACE, _INK, _MUTED = "white", "#222222", "#8a8f98"
-_BLUE, _ORANGE, _GREEN, _PURPLE = "#2f6db5", "#d9822b", "#3b8f5a", "#7b5ea7"
 _LEAST_CELLS = 4  # a map with fewer cells a side says nothing as a picture
 
 
-def draw_run(run: Path, out: Path | None = None, *, target: str | None = None, images: int = 8, points: int = 1500) -> list[Path]:
+def draw_run(
+    run: Path, out: Path | None = None, *, target: str | None = None, images: int = 8, points: int = 1500
+) -> list[Path]:
     """Every picture that makes sense for a run, into `out` (default RUN/pictures); returns the files.
 
     attention.png needs a backbone with attention, pca.png a map of at least 4 x 4 cells; curves.png metrics.jsonl.
@@ -60,6 +56,14 @@ def draw_run(run: Path, out: Path | None = None, *, target: str | None = None, i
     if (run / "metrics.jsonl").is_file():
         files.append(curves(run, out / "curves.png"))
     return files
+
+
+def _displayed(backbone: Backbone, images: Tensor) -> np.ndarray:
+    """[N, C, S, S] normalised -> [N, S, S, 3] in [0, 1]: channels 1 as grey, of more than 3 the first three."""
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (backbone.mean, backbone.std))
+    x = (images * std + mean).clamp(0, 1)
+    x = x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
+    return x.permute(0, 2, 3, 1).numpy()
 
 
 def _val_images(target: Target) -> tuple[Images, np.ndarray | None, list[str] | None]:
@@ -104,40 +108,6 @@ def _pooled(backbone: Backbone, images: Tensor, batch: int = 128) -> np.ndarray:
     return torch.cat([backbone(part).pooled.float() for part in images.split(batch)]).numpy()
 
 
-# -------------------------------------------------------------------------------------------------------------- canvas
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=150, facecolor=_FACE, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    """Written at once, and without the time and version that matplotlib would put in: equal pictures are equal files."""
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    figure.savefig(temporary, metadata={"Software": None})
-    temporary.replace(path)
-    return path
-
-
-def _displayed(backbone: Backbone, images: Tensor) -> np.ndarray:
-    """[N, C, S, S] normalised -> [N, S, S, 3] in [0, 1]: channels 1 as grey, of more than 3 the first three."""
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (backbone.mean, backbone.std))
-    x = (images * std + mean).clamp(0, 1)
-    x = x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
-    return x.permute(0, 2, 3, 1).numpy()
-
-
-def _bare(axes: Axes, title: str = "") -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    if title:
-        axes.set_title(title, fontsize=9, color=_INK, pad=4)
-
-
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
@@ -155,16 +125,16 @@ def attention(backbone: Backbone, images: Tensor, path: Path, max_heads: int = 6
     smooth = F.interpolate(rows, size=(8 * rows.shape[2], 8 * rows.shape[3]), mode="bilinear", align_corners=False)
     pictures = _displayed(backbone, images)
     count, shown = rows.shape[:2]
-    figure = _figure(1.15 * count + 0.6, 1.15 * (shown + 1) + 0.5)
+    figure = new_figure(1.15 * count + 0.6, 1.15 * (shown + 1) + 0.5)
     grid = figure.subplots(shown + 1, count, squeeze=False)
     names = ["image", "mean", *(f"head {i + 1}" for i in range(shown - 1))]
     colours = matplotlib.colormaps["inferno"]
     for column in range(count):
-        _bare(grid[0, column])
+        bare(grid[0, column])
         grid[0, column].imshow(pictures[column])
         for row in range(shown):
             axes = grid[row + 1, column]
-            _bare(axes)
+            bare(axes)
             value = smooth[column, row].numpy()
             low, high = float(value.min()), float(np.percentile(value, 99))
             strength = np.clip((value - low) / max(high - low, 1e-12), 0, 1)
@@ -174,11 +144,11 @@ def attention(backbone: Backbone, images: Tensor, path: Path, max_heads: int = 6
             overlay[..., 3] = 0.2 + 0.6 * strength
             axes.imshow(overlay, extent=extent, interpolation="bilinear")
     for row, name in enumerate(names):
-        grid[row, 0].set_ylabel(name, fontsize=9, color=_INK)
+        grid[row, 0].set_ylabel(name, fontsize=9, color=INK)
     query = "class token" if getattr(backbone.model, "cls_token", None) is not None else "mean query"
     extra = f", first {max_heads} of {heads} heads" if heads > max_heads else ""
-    figure.suptitle(f"Where the {query} looks: last block, {backbone.name}{extra}", fontsize=10, color=_INK)
-    return _save(figure, path)
+    figure.suptitle(f"Where the {query} looks: last block, {backbone.name}{extra}", fontsize=10, color=INK)
+    return save(figure, path)
 
 
 def map_layer(backbone: Backbone, images: Tensor) -> int | None:
@@ -212,18 +182,18 @@ def patch_pca(backbone: Backbone, images: Tensor, path: Path, layer: int = -1) -
         colours = F.pad(colours, (0, 3 - colours.shape[-1]))
     share = float((values[:3].square().sum() / values.square().sum().clamp_min(1e-30)).item())
     pictures = _displayed(backbone, images)
-    figure = _figure(1.25 * n + 0.1, 2.9)
+    figure = new_figure(1.25 * n + 0.1, 2.9)
     grid = figure.subplots(2, n, squeeze=False)
     for column in range(n):
         for axes in grid[:, column]:
-            _bare(axes)
+            bare(axes)
         grid[0, column].imshow(pictures[column])
         grid[1, column].imshow(colours[column].numpy(), interpolation="nearest")
     figure.suptitle(
         f"Patch features as colours: three principal components ({share:.0%} of the variance), {h} x {w} cells, layer {layer}",
-        fontsize=10, color=_INK,
+        fontsize=10, color=INK,
     )  # fmt: skip
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def embedding_map(features: np.ndarray, labels: np.ndarray | None, names: Sequence[str] | None, path: Path) -> Path:
@@ -234,24 +204,34 @@ def embedding_map(features: np.ndarray, labels: np.ndarray | None, names: Sequen
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     start = "pca" if min(features.shape) >= 2 else "random"
     places = TSNE(2, perplexity=min(30.0, (n - 1) / 3), init=start, random_state=0).fit_transform(unit)
-    figure = _figure(8.2 if labels is not None else 6.4, 6.4)
+    figure = new_figure(8.2 if labels is not None else 6.4, 6.4)
     axes = figure.subplots()
     if labels is None:
-        axes.scatter(places[:, 0], places[:, 1], s=9, color=_BLUE, alpha=0.75, linewidths=0)
+        axes.scatter(places[:, 0], places[:, 1], s=9, color=BLUE, alpha=0.75, linewidths=0)
     else:
         found = np.unique(labels)
         few = len(found) <= 20
-        palette = matplotlib.colormaps["tab10" if len(found) <= 10 else "tab20"] if few else matplotlib.colormaps["turbo"]
+        palette = (
+            matplotlib.colormaps["tab10" if len(found) <= 10 else "tab20"] if few else matplotlib.colormaps["turbo"]
+        )
         for i, label in enumerate(found):
             mine = places[labels == label]
             colour = palette(i if few else i / len(found))
-            axes.scatter(mine[:, 0], mine[:, 1], s=11, color=colour, alpha=0.8, linewidths=0, label=_class_name(names, int(label)))
+            axes.scatter(
+                mine[:, 0],
+                mine[:, 1],
+                s=11,
+                color=colour,
+                alpha=0.8,
+                linewidths=0,
+                label=_class_name(names, int(label)),
+            )
         if few:
             axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9, markerscale=2.2)
-    _bare(axes)
+    bare(axes)
     axes.margins(0.03)
-    axes.set_title(f"t-SNE of the embeddings of {n:,} images", fontsize=11, color=_INK, loc="left")
-    return _save(figure, path)
+    axes.set_title(f"t-SNE of the embeddings of {n:,} images", fontsize=11, color=INK, loc="left")
+    return save(figure, path)
 
 
 def _class_name(names: Sequence[str] | None, label: int) -> str:
@@ -259,109 +239,5 @@ def _class_name(names: Sequence[str] | None, label: int) -> str:
     if names is None or label >= len(names):
         return str(label)
     if all(re.match(r"\d+[_-]\D", name) for name in names):
-        return re.sub(r"^\d+[_-]", "", names[label]).replace("-", " ")
+        return re.sub(r"^\d+[_-]", "", names[label])
     return names[label]
-
-
-def curves(run: Path, path: Path) -> Path:
-    """Loss, health, k-NN, learning rate and speed over steps, from RUN/metrics.jsonl. Raises UserError if it is empty."""
-    lines = read_metrics(run / "metrics.jsonl")
-    if not lines:
-        raise UserError(f"{run / 'metrics.jsonl'}: no line to draw; train for at least one logging step")
-    figure = _figure(12, 6.4)
-    grid = figure.subplots(2, 3)
-    _panel(grid[0, 0], "loss", [("loss", _series(lines, "loss"), _BLUE)], smooth=True)
-    _panel(
-        grid[0, 1], "health (collapse: entropy at 1, or spread at 0)",
-        [("teacher entropy / ln K", _series(lines, "health.teacher_entropy"), _BLUE), ("feature spread", _series(lines, "health.feature_std"), _ORANGE)],
-        bottom=0.0, smooth=True,
-    )  # fmt: skip
-    keys = sorted({k for line in lines for k in (line.get("eval") or {})}, key=lambda k: (len(k), k))[:4]
-    colours = (_GREEN, _BLUE, _ORANGE, _PURPLE)
-    _panel(grid[0, 2], "periodic evaluation (%)", [(k, _series(lines, f"eval.{k}", 100), c) for k, c in zip(keys, colours)], marks=True, span=10.0)
-    _panel(grid[1, 0], "information in the teacher's output", [
-        ("student-teacher KL (nats)", _series(lines, "health.kl"), _PURPLE), ("information (nats)", _series(lines, "health.information"), _GREEN),
-    ], bottom=0.0, smooth=True)  # fmt: skip
-    _panel(grid[1, 1], "learning rate", [("lr", _series(lines, "lr"), _BLUE)], bottom=0.0)
-    _panel(grid[1, 2], "speed", [("img/s", _series(lines, "img_per_s"), _BLUE)], bottom=0.0)
-    wait = _series(lines, "data_wait", 100)
-    if len(wait[0]):
-        right = grid[1, 2].twinx()
-        right.plot(*wait, color=_ORANGE, linewidth=1.2, label="waiting for data (%)")
-        right.set_ylim(0, max(25.0, 1.1 * float(np.nanmax(wait[1]))))
-        right.tick_params(labelsize=8, colors=_ORANGE, length=0)
-        for spine in right.spines.values():
-            spine.set_visible(False)
-        handles = [*grid[1, 2].get_lines(), *right.get_lines()]
-        grid[1, 2].legend(handles, [str(h.get_label()) for h in handles], frameon=False, fontsize=8)
-    for axes in grid[1]:
-        axes.set_xlabel("step", fontsize=8, color=_MUTED)
-    figure.suptitle(f"{run.name or run}: {lines[-1]['step']:,} steps", fontsize=11, color=_INK)
-    return _save(figure, path)
-
-
-Series = tuple[np.ndarray, np.ndarray]
-
-
-def _series(lines: Sequence[dict[str, Any]], key: str, factor: float = 1.0) -> Series:
-    """(steps, values) of a dotted key; 'nan' and 'inf', which JSON holds as text, become gaps."""
-    steps, values = [], []
-    for line in lines:
-        value: Any = line
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is None or isinstance(value, bool):
-            continue
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            continue
-        steps.append(line["step"])
-        values.append(number * factor if math.isfinite(number) else math.nan)
-    return np.array(steps, dtype=np.int64), np.array(values)
-
-
-def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Centred moving average over about a fortieth of the points, gaps left out."""
-    half = len(values) // 80
-    if half < 1:
-        return values
-    kernel = np.ones(2 * half + 1)
-    known = np.isfinite(values)
-    total = np.convolve(np.where(known, values, 0.0), kernel, "same")
-    return np.where(known, total / np.maximum(np.convolve(known.astype(float), kernel, "same"), 1), np.nan)
-
-
-def _panel(
-    axes: Axes, title: str, lines: list[tuple[str, Series, str]], *, bottom: float | None = None, smooth: bool = False, marks: bool = False, span: float = 0.0
-) -> None:
-    """Lines on one pair of axes; `span` is the least range of y, so that noise does not look like a trend."""
-    drawn = [(name, series, colour) for name, series, colour in lines if np.isfinite(series[1]).any()]
-    for name, (steps, values), colour in drawn:
-        marker = "o" if marks or len(steps) == 1 else None
-        if smooth and len(values) >= 80:
-            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-            values = _smoothed(values)
-        axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=3.5, label=name)
-    axes.set_title(title, fontsize=9, color=_INK, loc="left")
-    axes.tick_params(labelsize=8, colors=_MUTED, length=0)
-    axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for name in ("top", "right", "left"):
-        axes.spines[name].set_visible(False)
-    axes.spines["bottom"].set_color("#c8ccd2")
-    if not drawn:
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.text(0.5, 0.5, "not logged in this run", ha="center", va="center", fontsize=9, color=_MUTED, transform=axes.transAxes)
-        return
-    if bottom is not None:
-        axes.set_ylim(bottom=bottom)
-    low, high = axes.get_ylim()
-    if high - low < span:
-        axes.set_ylim((low + high - span) / 2, (low + high + span) / 2)
-    axes.set_xlim(left=0)
-    axes.ticklabel_format(axis="y", scilimits=(-3, 5))
-    axes.yaxis.get_offset_text().set_fontsize(8)
-    if len(drawn) > 1:
-        axes.legend(frameon=False, fontsize=8)

@@ -57,7 +57,7 @@ class Heads:
         return out.view(*out.shape[:2], self.rates, self.recipe.classes)
 
     def step(self, x: Tensor, labels: Tensor, count: int, decay: float) -> None:
-        """One SGD step on x [F, B, D], labels [B]; `count` images in the whole batch (of all ranks), `decay` times the peak rate."""
+        """One SGD step on x [F, B, D], labels [B]; `count` images in the batch of all ranks, `decay` x peak rate."""
         gradient = self.logits(x).softmax(dim=-1)  # [F, B, L, C]; d CE / d logits = softmax - onehot
         index = labels[None, :, None, None].expand(*gradient.shape[:3], 1)
         gradient.scatter_add_(3, index, gradient.new_full((1,), -1.0).expand(index.shape))
@@ -88,7 +88,7 @@ class Probe:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[Sequence[Tensor], Tensor]]) -> dict[str, Tensor]:
-        """Every head on (features, labels) batches -> top1, top5, loss, each float64 [F, L]; a head that diverged has top1 0, loss inf."""
+        """Every head on (features, labels) batches -> top1, top5, loss, float64 [F, L]; diverged: top1 0, loss inf."""
         shape = (sum(len(m) for m in self.groups.values()), len(self.recipe.lrs))
         sums = {name: torch.zeros(shape, dtype=torch.float64) for name in ("top1", "top5", "loss")}
         total = 0
@@ -153,7 +153,9 @@ class Cached:
             return [h[rows] for h in self.held], labels
         by_place = np.sort(indices)  # read a memory-mapped file front to back, then put the rows in order
         back = torch.from_numpy(np.argsort(np.argsort(indices, kind="stable"), kind="stable"))
-        return [self._prepare(f, np.asarray(a[by_place]))[back.to(self.device)] for f, a in enumerate(self.arrays)], labels
+        return [
+            self._prepare(f, np.asarray(a[by_place]))[back.to(self.device)] for f, a in enumerate(self.arrays)
+        ], labels
 
     def batches(self, indices: np.ndarray, batch: int = 4096) -> Iterator[tuple[list[Tensor], Tensor]]:
         """All of `indices` in order."""
@@ -162,7 +164,7 @@ class Cached:
 
 
 def statistics(array: np.ndarray, indices: np.ndarray, chunk: int = 16_384) -> tuple[Tensor, Tensor]:
-    """(mean [D], 1 / standard deviation [D]) over the rows `indices` of [N, D], in float64, two passes; constant columns scale by 0."""
+    """(mean [D], 1 / standard deviation [D]) over the rows `indices` of [N, D], in float64; constant columns scale by 0."""
     indices = np.sort(indices)
     parts = [indices[i : i + chunk] for i in range(0, len(indices), chunk)]
     mean = sum(np.asarray(array[p], dtype=np.float64).sum(axis=0) for p in parts) / len(indices)

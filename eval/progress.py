@@ -10,7 +10,9 @@ from selfsup.log import duration
 class Progress:
     """Counts to `total`; the last line is always written. Not enabled: silent (ranks other than 0)."""
 
-    def __init__(self, total: int, what: str, *, enabled: bool = True, stream: TextIO | None = None, every_s: float = 10.0) -> None:
+    def __init__(
+        self, total: int, what: str, *, enabled: bool = True, stream: TextIO | None = None, every_s: float = 10.0
+    ) -> None:
         self.total, self.what = total, what
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
@@ -36,7 +38,11 @@ class Progress:
     def _write(self, now: float, text: str, last: bool) -> None:
         seconds = max(now - self._began, 1e-9)
         rate = self._done / seconds
-        left = f"in {duration(seconds)}" if last else f"eta {duration((self.total - self._done) / rate if rate else float('inf'))}"
+        left = (
+            f"in {duration(seconds)}"
+            if last
+            else f"eta {duration((self.total - self._done) / rate if rate else float('inf'))}"
+        )
         line = f"{self.what} {self._done}/{self.total}  {rate:.0f}/s  {text + '  ' if text else ''}{left}"
         if self._terminal:
             self._stream.write("\r" + line.ljust(self._width) + ("\n" if last else ""))

@@ -24,7 +24,11 @@ _SUFFIX = {"student": "_student", "random": "_random", "checkpoint": "_checkpoin
 
 
 def result(
-    task: str, target: "Target", metrics: Mapping[str, float], protocol: Mapping[str, Any], settings: list[dict[str, Any]] | None = None
+    task: str,
+    target: "Target",
+    metrics: Mapping[str, float],
+    protocol: Mapping[str, Any],
+    settings: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """{"task", "target", "metrics", "protocol"[, "settings"]}; metrics are fractions of 1."""
     out: dict[str, Any] = {"task": task, "target": target.facts(), "metrics": dict(metrics), "protocol": dict(protocol)}
@@ -182,11 +186,17 @@ def show(result: Mapping[str, Any], out: Path | None = None, console: "Console |
     for key in ("train", "val", "split", "selected", "trained_on", "note"):
         if isinstance(protocol.get(key), str):
             console.print(f"{key}: {protocol[key]}", markup=False, highlight=False, soft_wrap=True)
-    left_out = {k: protocol[k] for k in ("unlabelled_left_out", "unreadable_left_out") if any(protocol.get(k, {}).values())}
+    left_out = {
+        k: protocol[k] for k in ("unlabelled_left_out", "unreadable_left_out") if any(protocol.get(k, {}).values())
+    }
     for key, counts in left_out.items():
         console.print(f"{key}: {counts}", markup=False, highlight=False, soft_wrap=True)
-    path = out or (Path(target["run"]) / "eval" / file_name(result["task"], target["kind"]) if "run" in target else None)
+    path = out or (
+        Path(target["run"]) / "eval" / file_name(result["task"], target["kind"]) if "run" in target else None
+    )
     if path is not None:
         console.print(f"written to {path}", markup=False, highlight=False, soft_wrap=True)
     else:
-        console.print("not written: this target belongs to no run; name a file with --out", markup=False, soft_wrap=True)
+        console.print(
+            "not written: this target belongs to no run; name a file with --out", markup=False, soft_wrap=True
+        )

@@ -1,9 +1,10 @@
 """Exact nearest neighbours by cosine similarity: the one module that imports faiss (after torch), or torch alone.
 
 What "the k nearest" means is fixed, so that faiss, torch and a brute-force computation agree to the last neighbour:
-similarities are cosines in float64, rounded to a multiple of 2^-32 (float32 resolves 2^-24); equal ones rank by lower bank index. The search
-itself runs in float32 on a few more candidates than asked for; those are measured again in float64. A query whose
-extra candidates do not prove that nothing was missed (many duplicates at the edge) is searched again in float64.
+similarities are cosines in float64, rounded to a multiple of 2^-32 (float32 resolves 2^-24); equal ones rank by lower
+bank index. The search itself runs in float32 on a few more candidates than asked for; those are measured again in
+float64. A query whose extra candidates do not prove that nothing was missed (many duplicates at the edge) is searched
+again in float64.
 """
 
 import contextlib
@@ -48,7 +49,7 @@ def neighbours(
     CPU if it is installed. Raises UserError for an empty bank, other widths, or values that are not finite.
     """
     if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
-        raise UserError(f"features: a bank [N, D] and queries [Q, D] of one width are needed; seen {bank.shape} and {queries.shape}")
+        raise UserError(f"features: bank and queries of one width are needed; seen {bank.shape} and {queries.shape}")
     if len(bank) == 0:
         raise UserError("features: the bank holds no image; at least one labelled training image is needed")
     if k < 1:
@@ -106,7 +107,7 @@ def _unit(features: np.ndarray, what: str, chunk: int = _BANK_CHUNK) -> Iterator
         norms = np.linalg.norm(part, axis=1, keepdims=True)
         if not np.isfinite(norms).all():
             row = start + int(np.flatnonzero(~np.isfinite(norms[:, 0]))[0])
-            raise UserError(f"features: row {row} of the {what} holds NaN or infinity; finite values are needed (try precision=fp32)")
+            raise UserError(f"features: row {row} of the {what} holds NaN or infinity; finite values are needed")
         yield start, np.ascontiguousarray(part / np.maximum(norms, 1e-12), dtype=np.float32)
 
 

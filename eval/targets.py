@@ -1,11 +1,11 @@
 """What is evaluated: a run, one of its checkpoints or roles, a backbone folder or file, raw pixels, a random init.
 
-    RUN                  the exported backbone of a run, or of its newest checkpoint (for DINO the teacher)
-    RUN@student          another role of the newest checkpoint (`teacher`, `student`)
-    RUN/checkpoints/X    that checkpoint's teacher; `@student` works here as well
-    random:RUN           the run's backbone as it was initialised (also random:RECIPE)
-    pixels               no backbone: the images themselves
-    anything else        what `selfsup.load_backbone` takes
+RUN                  the exported backbone of a run, or of its newest checkpoint (for DINO the teacher)
+RUN@student          another role of the newest checkpoint (`teacher`, `student`)
+RUN/checkpoints/X    that checkpoint's teacher; `@student` works here as well
+random:RUN           the run's backbone as it was initialised (also random:RECIPE)
+pixels               no backbone: the images themselves
+anything else        what `selfsup.load_backbone` takes
 """
 
 import hashlib
@@ -121,7 +121,9 @@ def _trained(target: str) -> Target:
     if not at or Path(target).exists():
         base, role = target, ""
     elif role not in _ROLES:
-        raise UserError(f"target {target!r}: no role {role!r}{config.suggest(role, _ROLES)}; known: {', '.join(_ROLES)}")
+        raise UserError(
+            f"target {target!r}: no role {role!r}{config.suggest(role, _ROLES)}; known: {', '.join(_ROLES)}"
+        )
     path = Path(base)
     is_checkpoint = path.parent.name == "checkpoints" and (path / "model.safetensors").is_file()
     run = path.absolute().parent.parent if is_checkpoint else path
@@ -131,7 +133,9 @@ def _trained(target: str) -> Target:
         newest, problems = checkpoint.newest_valid(run / "checkpoints")
         if newest is None:
             why = f" ({problems[0]})" if problems else ""
-            raise UserError(f"target {target!r}: {run / 'checkpoints'} holds no complete checkpoint{why}; train the run first")
+            raise UserError(
+                f"target {target!r}: {run / 'checkpoints'} holds no complete checkpoint{why}; train the run first"
+            )
         folder = newest
     backbone = load_backbone(folder, branch="student" if role == "student" else "teacher")
     if settings is None:

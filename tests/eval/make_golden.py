@@ -1,6 +1,6 @@
 """Writes golden_features.npz: 600 bank and 120 query features with clusters, exact duplicates, scaled copies and zeros.
 
-    python tests/eval/make_golden.py
+python tests/eval/make_golden.py
 """
 
 from pathlib import Path

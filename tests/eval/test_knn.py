@@ -91,7 +91,9 @@ def test_tie_rules_by_hand():
     similarities = torch.tensor([[0.5, 0.5, 0.2]])
     assert knn.vote(similarities, torch.tensor([[2, 1, 0]]), 4, 2, 0.07).tolist() == [[1, 2, -1, -1]]
     assert knn.vote(similarities, torch.tensor([[2, 1, 2]]), 4, 3, 0.07).tolist() == [[2, 1, -1, -1]]
-    bank = np.array([[1, 0], [1, 0], [0, 1]], dtype="f")  # two equal images with different labels: the first one is nearer
+    bank = np.array(
+        [[1, 0], [1, 0], [0, 1]], dtype="f"
+    )  # two equal images with different labels: the first one is nearer
     rows, _ = knn.classify(bank, np.array([1, 0, 0]), np.array([[2, 0]], dtype="f"), np.array([1]), ks=(1, 2))
     assert [r["top1"] for r in rows] == [1.0, 0.0]  # k=2: equal votes, the lower class wins
 
