@@ -130,7 +130,7 @@ class Bench:
             names = {"A": "ours", "B": peer, "C": "ours"}
             opened = {who: stack.enter_context(self.side(name, row, like=peer)) for who, name in names.items()}
             sides = {who: side for who, (side, _) in opened.items()}
-            result.details["disclosures"] = list(opened["B"][1])
+            result.details["disclosures"] = [*opened["A"][1], *opened["B"][1]]
             cold = {who: side.ask("time", count=1)["seconds"] for who, side in sides.items()}
             warm = {who: min(side.ask("time", count=1)["seconds"] for _ in range(3)) for who, side in sides.items()}
             count = max(1, round(0.5 / warm["A"]))  # at least half a second between two looks at the clock
