@@ -400,7 +400,9 @@ def poison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("poison")
-def test_never_finite_again(refused: Refused, call: Callable[..., tuple[int, str]], recipe: Path, tmp_path: Path) -> None:
+def test_never_finite_again(
+    refused: Refused, call: Callable[..., tuple[int, str]], recipe: Path, tmp_path: Path
+) -> None:
     """Steps are refused, weights stay those before them bit for bit, and after max_nonfinite of them the run stops."""
     out = tmp_path / "run"
     options = ["method=poisoned_methods:Poison", *METHOD_OPTIONS["dino"], "log_every=1", "steps=40"]

@@ -189,7 +189,9 @@ def test_files_are_synced_before_the_rename(tmp_path: Path) -> None:
     events: list[tuple[str, str]] = []
     real_fsync, real_rename = os.fsync, os.rename
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda fd: (events.append(("fsync", os.readlink(f"/proc/self/fd/{fd}"))), real_fsync(fd))[1])
+        patch.setattr(
+            os, "fsync", lambda fd: (events.append(("fsync", os.readlink(f"/proc/self/fd/{fd}"))), real_fsync(fd))[1]
+        )
         patch.setattr(os, "rename", lambda a, b: (events.append(("rename", str(b))), real_rename(a, b))[1])
         folder = save(tmp_path, 1, state(1), keep_last=2)
     renamed = events.index(("rename", str(folder)))
@@ -232,7 +234,9 @@ def test_damaged_file_is_passed_over(tmp_path: Path, name: str, damage: Any) -> 
         save(tmp_path, step, state(step), keep_last=2)
     damage(tmp_path / "step_00000002" / name)
     folder, problems = newest_valid(tmp_path)
-    if folder is not None and folder.name == "step_00000002":  # a bit of the manifest that means nothing, as in the version
+    if (
+        folder is not None and folder.name == "step_00000002"
+    ):  # a bit of the manifest that means nothing, as in the version
         assert name == "MANIFEST.json" and same(load(folder, 0), state(2))
         return
     assert folder is not None and folder.name == "step_00000001"

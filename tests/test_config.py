@@ -292,7 +292,9 @@ def test_mean_and_std_by_channels() -> None:
 
 @pytest.mark.parametrize("recipe", [None, *configuration.recipe_names()])
 def test_dump_loads_as_the_same_configuration(recipe: str | None, tmp_path: Path) -> None:
-    config = load(recipe, ["optimizer.eps=1e-12", "backbone.some_option=[1, 2]", "data=/tmp/a b/ü#c", "eval.k=[1, 200]"])
+    config = load(
+        recipe, ["optimizer.eps=1e-12", "backbone.some_option=[1, 2]", "data=/tmp/a b/ü#c", "eval.k=[1, 200]"]
+    )
     path = tmp_path / "config.yaml"
     path.write_text(dump(config))
     again = load(str(path))

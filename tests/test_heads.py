@@ -107,4 +107,7 @@ def test_can_be_copied() -> None:
     other = copy.deepcopy(head)
     x = torch.randn(3, 7)
     assert torch.equal(head(x), other(x))
-    assert sorted(k for k in head.state_dict() if k.startswith("last_layer")) == ["last_layer.weight_g", "last_layer.weight_v"]
+    assert sorted(k for k in head.state_dict() if k.startswith("last_layer")) == [
+        "last_layer.weight_g",
+        "last_layer.weight_v",
+    ]

@@ -45,7 +45,9 @@ class Small(nn.Module):
         return self.head(self.backbone["norm"](x))
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, layer_decay: float = 1.0) -> tuple[Small, torch.optim.Optimizer]:
+def build(
+    name: str, dtype: torch.dtype = torch.float32, layer_decay: float = 1.0
+) -> tuple[Small, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = Small().to(dtype)
     config = load(None, [f"optimizer={name.split()[0]}", *OPTIMIZERS[name]]).optimizer

@@ -89,7 +89,15 @@ def test_stored_config_that_cannot_be_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    ["workers=7", "checkpoint.every=3", "checkpoint.keep_last=9", "eval.every=5", "eval.train=T", "eval.k=[1]", "stop_at=50"],
+    [
+        "workers=7",
+        "checkpoint.every=3",
+        "checkpoint.keep_last=9",
+        "eval.every=5",
+        "eval.train=T",
+        "eval.k=[1]",
+        "stop_at=50",
+    ],
 )
 def test_free_changes(change: str) -> None:
     assert runfolder.check_resume(resolved(change), resolved()) == []

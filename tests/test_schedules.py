@@ -18,7 +18,14 @@ def published(base: float, final: float, total: int, warmup: int) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "base, final, total, warmup",
-    [(5e-4, 1e-6, 1000, 100), (0.04, 0.4, 333, 0), (0.996, 1.0, 57, 0), (1.0, 0.0, 10, 1), (0.3, 0.1, 10, 9), (0.3, 0.1, 10, 8)],
+    [
+        (5e-4, 1e-6, 1000, 100),
+        (0.04, 0.4, 333, 0),
+        (0.996, 1.0, 57, 0),
+        (1.0, 0.0, 10, 1),
+        (0.3, 0.1, 10, 9),
+        (0.3, 0.1, 10, 8),
+    ],
 )
 def test_cosine_is_the_published_one(base: float, final: float, total: int, warmup: int) -> None:
     schedule = cosine(base, final, total, warmup)
