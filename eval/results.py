@@ -140,7 +140,7 @@ def table(results: Iterable[Mapping[str, Any]], title: str | None = None) -> "Ta
                 text += f" [dim]({100 * low:.1f}–{100 * high:.1f})[/dim]"
             rows.setdefault(escape(item["target"]["name"]), {})[column] = text
     columns.sort(key=lambda column: (column[0], column[1]))
-    out = Table(title=title, caption="accuracy in %, with 95 % intervals over val images", caption_justify="left")
+    out = Table(title=title, caption="in % (95 % interval)", caption_justify="left")
     out.add_column("target", overflow="fold")
     for task, name in columns:
         out.add_column(f"{task} {name}", justify="right")
