@@ -234,13 +234,12 @@ def test_damaged_file_is_passed_over(tmp_path: Path, name: str, damage: Any) -> 
         save(tmp_path, step, state(step), keep_last=2)
     damage(tmp_path / "step_00000002" / name)
     folder, problems = newest_valid(tmp_path)
-    if (
-        folder is not None and folder.name == "step_00000002"
-    ):  # a bit of the manifest that means nothing, as in the version
-        assert name == "MANIFEST.json" and same(load(folder, 0), state(2))
+    if name == "MANIFEST.json" and folder is not None and folder.name == "step_00000002":
+        assert same(load(folder, 0), state(2))  # a bit that means nothing, as one of torch's version
         return
     assert folder is not None and folder.name == "step_00000001"
-    assert len(problems) == 1 and "step_00000002" in problems[0] and name in problems[0]
+    assert len(problems) == 1 and "step_00000002" in problems[0]
+    assert name in problems[0] or name == "MANIFEST.json"  # a bit of a name makes another file missing
 
 
 def test_any_flipped_bit_of_the_manifest(tmp_path: Path) -> None:
