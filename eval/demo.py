@@ -34,7 +34,7 @@ def run_demo(config: Config, out: Path, train: Callable[[Config, Path], Any]) ->
     drawn = pictures.draw_run(out)
     _say("4/4  the backbone, loaded by timm alone")
     check_backbone(out / "backbone")
-    summary = {
+    summary: dict[str, Any] = {
         "run": str(out),
         "rows": rows,
         "train_seconds": round(trained, 1),

@@ -4,6 +4,7 @@ import datetime
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as td
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from selfsup.errors import UserError
 
-_side: td.ProcessGroup | None = None  # gloo, for agreements between hosts that must not touch the accelerator
+_side: Any = None  # gloo, for agreements between hosts that must not touch the accelerator
 
 
 def env_world() -> tuple[int, int, int, int]:
@@ -179,6 +180,7 @@ class GradientReducer:
         for flat, present, work in self._work.values():
             work.wait()
             parts = flat.split([p.numel() for p in present])
-            torch._foreach_copy_([p.grad for p in present], [part.view_as(p) for part, p in zip(parts, present)])
+            grads = [p.grad for p in present if p.grad is not None]
+            torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
         self._work = {}
         self._armed = False

@@ -11,7 +11,8 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float, ok: Tens
     ok: scalar tensor, 1 or 0, on the device: where it is 0 the teacher keeps its value bit for bit, without the host
     having to look (the student did not move either, its step having been skipped).
     """
-    targets, sources = list(teacher.parameters()), list(student.parameters())
+    targets: list[Tensor] = list(teacher.parameters())
+    sources: list[Tensor] = list(student.parameters())
     if len(targets) != len(sources):
         raise ValueError(f"teacher has {len(targets)} parameters, student {len(sources)}")
     if ok is None:
@@ -21,7 +22,7 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float, ok: Tens
         for t in targets:
             if t.dtype not in weights:
                 weights[t.dtype] = ok.to(t.dtype) * (1 - momentum)
-        torch._foreach_lerp_(targets, sources, [weights[t.dtype] for t in targets])
+        torch._foreach_lerp_(targets, sources, [weights[t.dtype] for t in targets])  # type: ignore[misc]
     buffers = list(teacher.buffers())
     if buffers:
         torch._foreach_copy_(buffers, list(student.buffers()))

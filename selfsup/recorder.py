@@ -84,7 +84,7 @@ class Recorder:
             k.removeprefix("health/"): parts.pop(k) for k in list(parts) if k.startswith("health/")
         }
         health["state"] = self._monitor.judge(step, health)
-        line = {
+        line: dict[str, Any] = {
             "step": step,
             "epoch": self._plan.epoch(step),
             "samples": step * self._plan.global_batch,

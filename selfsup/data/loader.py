@@ -62,7 +62,7 @@ class Loader:
         self.wait_seconds = 0.0
         """How long the consumer waited for batches, in all."""
 
-    def stream(self, start_step: int, total_steps: int) -> Iterator[list[Batch]]:
+    def stream(self, start_step: int, total_steps: int) -> Generator[list[Batch], None, None]:
         """For each step from `start_step` to `total_steps` - 1 its `accumulate` micro-batches."""
         batches = self._batches(start_step * self.accumulate, total_steps * self.accumulate)
         try:

@@ -31,7 +31,7 @@ from selfsup.schedules import Plan, Schedule, cosine, linear
 Temperature = Annotated[float, Field(gt=0)]
 
 
-class Options(Section):
+class DINOOptions(Section):
     """Options of DINO; defaults are those of the published code."""
 
     out_dim: Positive = 65536
@@ -67,13 +67,13 @@ class Network(nn.Module):
 class DINO(nn.Module):
     """Student, teacher and centre."""
 
-    Options = Options
+    Options = DINOOptions
 
     center: Tensor
     batch_sum: Tensor
     batch_count: Tensor
 
-    def __init__(self, config: Config, options: Options) -> None:
+    def __init__(self, config: Config, options: DINOOptions) -> None:
         super().__init__()
         self.options = options
         self._views = multicrop(config.views)

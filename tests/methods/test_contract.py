@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from selfsup.data.loader import Loader
-from selfsup.data.sources import open_source
 
 import selfsup
 from selfsup import methods, schedules
 from selfsup.config import dump
 from selfsup.data import photometric
+from selfsup.data.loader import Loader
+from selfsup.data.sources import open_source
 from selfsup.log import read_metrics
 from selfsup.methods.contract import ViewBatch
 from tests.methods.tiny import METHOD_OPTIONS, cli, tiny_config, write_images
