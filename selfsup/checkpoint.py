@@ -93,7 +93,7 @@ def save(root: Path, step: int, state: State, keep_last: int) -> Path:
 
     Raises UserError when the disk is full or not writable: earlier checkpoints are untouched then.
     """
-    final = root / f"step_{step:08d}"
+    final = folder_of(root, step)
     temporary = root / f"{_TEMPORARY}step_{step:08d}"
     error: BaseException | None = None
     try:
@@ -101,7 +101,10 @@ def save(root: Path, step: int, state: State, keep_last: int) -> Path:
             root.mkdir(parents=True, exist_ok=True)
             clean(root)
             temporary.mkdir()
-        dist.barrier()
+    except OSError as cause:
+        error = _unwritable(root, final, state, cause)
+    dist.raise_together(error, f"saving {final.name}")  # also the barrier after which the others may write
+    try:
         _save_tensors(state.rank, temporary / f"rank_{dist.rank():05d}.safetensors")
         if dist.is_main():
             _save_tensors(state.model, temporary / "model.safetensors")
@@ -109,17 +112,24 @@ def save(root: Path, step: int, state: State, keep_last: int) -> Path:
             (temporary / "trainer.json").write_text(json.dumps(dict(state.trainer), indent=1, sort_keys=True))
             fsync(temporary / "trainer.json")
     except (OSError, SafetensorError) as cause:
-        needed = sum(t.nbytes for part in (state.model, state.optimizer, state.rank) for t in part.values())
-        free = shutil.disk_usage(root if root.exists() else root.parent.parent).free
-        error = UserError(
-            f"checkpoint {final}: cannot be written: {cause}; "
-            f"it needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free; earlier checkpoints are untouched"
-        )
+        error = _unwritable(root, final, state, cause)
     dist.raise_together(error, f"saving {final.name}")
-    if dist.is_main():
-        _commit(root, temporary, final, keep_last)
-    dist.barrier()
+    try:
+        if dist.is_main():
+            _commit(root, temporary, final, keep_last)
+    except OSError as cause:
+        error = _unwritable(root, final, state, cause)
+    dist.raise_together(error, f"saving {final.name}")
     return final
+
+
+def _unwritable(root: Path, final: Path, state: State, cause: BaseException) -> UserError:
+    needed = sum(t.nbytes for part in (state.model, state.optimizer, state.rank) for t in part.values())
+    there = next(p for p in (root, *root.absolute().parents) if p.exists())
+    return UserError(
+        f"checkpoint {final}: cannot be written: {cause}; it needs {needed / 1e6:.0f} MB and "
+        f"{shutil.disk_usage(there).free / 1e6:.0f} MB are free; earlier checkpoints are untouched"
+    )
 
 
 def _commit(root: Path, temporary: Path, final: Path, keep_last: int) -> None:
@@ -129,11 +139,22 @@ def _commit(root: Path, temporary: Path, final: Path, keep_last: int) -> None:
     fsync(temporary / "MANIFEST.json")
     fsync(temporary)
     if final.exists():  # a run that fell back past a damaged one writes it anew
-        shutil.rmtree(final)
+        os.rename(final, root / f"{_TEMPORARY}damaged-{final.name}")
     os.rename(temporary, final)
     fsync(root)
     write_atomically(root / "latest", final.name + "\n")
-    prune(root, keep_last)
+    clean(root)
+    prune(root, step_of(final), keep_last)
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """RUN/checkpoints/step_N."""
+    return root / f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint folder, from its name."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def clean(root: Path) -> None:
@@ -149,10 +170,15 @@ def steps(root: Path) -> list[tuple[int, Path]]:
     return sorted((int(m.group(1)), p) for p in root.iterdir() if (m := _NAME.match(p.name)) and p.is_dir())
 
 
-def prune(root: Path, keep_last: int) -> None:
-    """Delete old checkpoints so that `keep_last` stay that have their manifest."""
-    complete = [path for _, path in steps(root) if (path / "MANIFEST.json").is_file()]
-    for path in complete[:-keep_last]:
+def prune(root: Path, newest: int, keep_last: int) -> None:
+    """Delete all but the last `keep_last` checkpoints up to step `newest`, which was just written.
+
+    Later ones are damaged (the run fell back past them): they are not counted, so that they never push out a valid one.
+    A folder without its manifest is what an interrupted deletion left.
+    """
+    earlier = [path for step, path in steps(root) if step <= newest]
+    complete = [path for path in earlier if (path / "MANIFEST.json").is_file()]
+    for path in {*earlier} - {*complete[-keep_last:]}:
         shutil.rmtree(path)
 
 
@@ -162,18 +188,24 @@ def verify(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / "MANIFEST.json").read_text())
         files = dict(manifest["files"])
         form = int(manifest["format"])
+        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+        if not {"model.safetensors", "optimizer.safetensors", "trainer.json"} <= expected.keys():
+            raise KeyError("it does not list the files of a checkpoint")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidCheckpoint(f"{folder}: no readable MANIFEST.json ({error})") from None
     if form > FORMAT:
         raise InvalidCheckpoint(f"{folder}: format {form} is newer than this version reads ({FORMAT})")
-    for name, expected in files.items():
+    for name, (size, digest) in expected.items():
         path = folder / name
-        if Path(name).name != name or not path.is_file():
-            raise InvalidCheckpoint(f"{path}: missing")
-        if path.stat().st_size != expected["bytes"]:
-            raise InvalidCheckpoint(f"{path}: {path.stat().st_size} bytes, the manifest says {expected['bytes']}")
-        if sha256(path) != expected["sha256"]:
-            raise InvalidCheckpoint(f"{path}: content differs from the manifest's sha256")
+        try:
+            if Path(name).name != name or not path.is_file():
+                raise InvalidCheckpoint(f"{path}: missing")
+            if path.stat().st_size != size:
+                raise InvalidCheckpoint(f"{path}: {path.stat().st_size} bytes, the manifest says {size}")
+            if sha256(path) != digest:
+                raise InvalidCheckpoint(f"{path}: content differs from the manifest's sha256")
+        except (OSError, ValueError) as error:  # ValueError: a NUL in a name
+            raise InvalidCheckpoint(f"{path}: cannot be read: {error}") from None
     return dict(manifest)
 
 

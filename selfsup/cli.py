@@ -34,8 +34,15 @@ EVALUATIONS = {
 def demo(
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="Folder for the run, its pictures and its table.")] = Path("runs/demo"),
+    print_config: PrintConfig = False,
 ) -> None:
     """The whole story on bundled real images: train DINO, evaluate, draw, export. CPU, minutes."""
+    if print_config:
+        from selfsup import methods, runtime
+
+        config = configuration.load("demo", overrides or [])
+        typer.echo(configuration.dump(methods.complete(runtime.resolve(config))), nl=False)
+        return
     from selfsup.eval.demo import run_demo
     from selfsup.eval.periodic import knn_callable
     from selfsup.train import train as trainer

@@ -48,7 +48,9 @@ Range = tuple[float, float]
 class Section(BaseModel):
     """A frozen group of keys that refuses keys it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class OpenSection(BaseModel):
@@ -135,6 +137,19 @@ class ViewsConfig(Section):
 
     global_: Crops = Field(default=Crops(blur=(1.0, 0.1), solarize=(0.0, 0.2)), alias="global")
     local: Crops = Crops(count=8, size=96, scale=(0.05, 0.4))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_defaults(cls, values: Any) -> Any:
+        """A kind of which some keys are given keeps its own defaults for the others, not those of `Crops`."""
+        if not isinstance(values, Mapping):
+            return values
+        out = dict(values)
+        for name, field in cls.model_fields.items():
+            for key in (name, field.alias):
+                if isinstance(given := out.get(key), Mapping):
+                    out[key] = {**field.default.model_dump(), **given}
+        return out
 
 
 class BackboneConfig(OpenSection):
@@ -296,6 +311,18 @@ def recipe_texts() -> dict[str, str]:
     return {name: (resources.files("selfsup.recipes") / f"{name}.yaml").read_text() for name in recipe_names()}
 
 
+class _UniqueKeySafeLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML readers keep the last without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and (name := str(key.value)) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is given twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def read_recipe(recipe: str) -> dict[str, Any]:
     """A built-in recipe by name, or a YAML file, as nested dicts (short forms expanded)."""
     path = Path(recipe)
@@ -311,7 +338,7 @@ def read_recipe(recipe: str) -> dict[str, Any]:
             f"no recipe {recipe!r}{suggest(recipe, recipe_names())}; built in: {', '.join(recipe_names())}, or a YAML file"
         )
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _UniqueKeySafeLoader)
     except yaml.YAMLError as error:
         raise UserError(f"recipe {recipe}: not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
@@ -329,9 +356,10 @@ def parse_overrides(overrides: Iterable[str], short: Mapping[str, str] = SHORT_F
         if not equals or not key or any(not part for part in key.split(".")):
             raise UserError(f"override {item!r}: write KEY=VALUE, as in optimizer.lr=1e-3")
         parts = key.split(".")
-        value = _scalar(text, key)
+        value = _scalar(text)
         if key in short and not isinstance(value, dict):
             parts.append(short[key])
+            value = None if value is None else text  # a name or a path, also if it looks like a number
         _put(out, parts, value, item)
     return out
 
@@ -344,7 +372,7 @@ def _put(tree: dict[str, Any], parts: list[str], value: Any, item: str) -> None:
     tree[parts[-1]] = value
 
 
-def _scalar(text: str, key: str) -> Any:
+def _scalar(text: str) -> Any:
     """A value as YAML reads it, except that 1e-3 is a number, as people expect, and bad YAML is text."""
     if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text):
         return float(text)
@@ -361,8 +389,10 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         old = out.get(key)
         if isinstance(value, Mapping) and isinstance(old, Mapping):
-            if key == "method" and "name" in value and value["name"] != old.get("name", "dino"):
-                old = {}
+            sections: dict[str, type[OpenSection]] = {"method": MethodConfig, "backbone": BackboneConfig}
+            section = sections.get(key)
+            if section and "name" in value and value["name"] != old.get("name", section.model_fields["name"].default):
+                old = {k: v for k, v in old.items() if k in section.model_fields}
             out[key] = merge(old, value)
         else:
             out[key] = value
@@ -395,11 +425,7 @@ def validate(schema: type[S], values: Mapping[str, Any], where: str, prefix: str
 
 
 def _explain(schema: type[BaseModel], fault: Any, prefix: str) -> str:
-    loc = [
-        p
-        for p in fault["loc"]
-        if isinstance(p, str) and not p.startswith(("function-", "tuple[", "constrained", "float", "int"))
-    ]
+    loc = _path(schema, fault["loc"], unknown=fault["type"] == "extra_forbidden")
     key = prefix + ".".join(loc)
     seen = repr(fault.get("input"))
     seen = seen if len(seen) <= 80 else seen[:77] + "..."
@@ -410,6 +436,20 @@ def _explain(schema: type[BaseModel], fault: Any, prefix: str) -> str:
         return f"unknown key {key!r}{hint}"
     message = fault["msg"].removeprefix("Value error, ")
     return f"{key}={seen}: {message}" if key else message
+
+
+def _path(schema: type[BaseModel], loc: tuple[Any, ...], unknown: bool) -> list[str]:
+    """The keys among a fault's location, which also holds indices and the names of types in a union."""
+    keys: list[str] = []
+    kinds = [schema]
+    for i, part in enumerate(loc):
+        fields = {field.alias or name: field for kind in kinds for name, field in kind.model_fields.items()}
+        if part in fields:
+            keys.append(part)
+            kinds = _models(fields[part].annotation)
+        elif unknown and i == len(loc) - 1:
+            keys.append(str(part))
+    return keys
 
 
 def suggest(word: str, known: Iterable[str], prefix: str = "") -> str:

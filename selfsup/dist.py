@@ -26,8 +26,11 @@ def env_world() -> tuple[int, int, int, int]:
     )
 
 
-def init(device: torch.device, timeout_s: float = 300) -> None:
-    """Join the process group named in the environment, if there is one."""
+def init(device: torch.device, timeout_s: float = 1800) -> None:
+    """Join the process group named in the environment, if there is one.
+
+    timeout_s: how long ranks wait for one another, also while rank 0 alone evaluates or writes.
+    """
     global _side
     _, world, _, _ = env_world()
     if world == 1 or td.is_initialized():

@@ -22,7 +22,7 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float, ok: Tens
         for t in targets:
             if t.dtype not in weights:
                 weights[t.dtype] = ok.to(t.dtype) * (1 - momentum)
-        torch._foreach_lerp_(targets, sources, [weights[t.dtype] for t in targets])  # type: ignore[misc]
+        torch._foreach_lerp_(targets, sources, [weights[t.dtype] for t in targets])
     buffers = list(teacher.buffers())
     if buffers:
         torch._foreach_copy_(buffers, list(student.buffers()))

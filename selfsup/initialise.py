@@ -23,7 +23,9 @@ def initialise(method: Any, config: Config) -> None:
     path = config.init_from.path
     if path is None:
         if config.init_from.head_only is not None:
-            raise UserError("init_from.head_only needs init_from: without it there is no trained backbone to hold still")
+            raise UserError(
+                "init_from.head_only needs init_from: without it there is no trained backbone to hold still"
+            )
         return
     roles = method.backbones()
     for role, backbone in roles.items():

@@ -139,8 +139,21 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Undo `state_tensors`; raises KeyError for a parameter that this optimizer does not have."""
+    """Undo `state_tensors`; raises KeyError for a parameter or a shape that this optimizer does not have.
+
+    A fused optimizer would read beyond the end of a moment that is too small.
+    """
     by_name = {n: p for group in optimizer.param_groups for n, p in zip(group["names"], group["params"])}
+    kinds: dict[str, set[str]] = {}
+    for full, value in tensors.items():
+        name, _, key = full.rpartition("|")
+        if name not in by_name or (value.ndim and value.shape != by_name[name].shape):
+            raise KeyError(f"{full} of shape {tuple(value.shape)}")
+        kinds.setdefault(name, set()).add(key)
+    everything = set().union(*kinds.values())
+    for name, keys in kinds.items():
+        if keys != everything:
+            raise KeyError(f"{name} lacks {', '.join(sorted(everything - keys))}")
     optimizer.state.clear()
     for full, value in tensors.items():
         name, _, key = full.rpartition("|")

@@ -1,8 +1,9 @@
 """Every step's figures: kept on the device, brought to the host at logging steps, one line a step."""
 
+import contextlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,12 @@ class Recorder:
                 self._board.write(record)
         self._say(records, last)
         self._since, self._waited = time.monotonic(), 0.0
-        if (row := newest.get("refused_in_row", 0)) >= self._config.max_nonfinite:
-            bad = [k for k in ("loss", "grad_norm") if isinstance(v := newest.get(k), float) and not math.isfinite(v)]
+        worst = max(records, key=lambda r: r.get("refused_in_row", 0))
+        if (row := worst.get("refused_in_row", 0)) >= self._config.max_nonfinite:
+            bad = [k for k, v in worst.items() if isinstance(v, float) and not math.isfinite(v)]
             raise UserError(
                 f"{' and '.join(bad) or 'loss'} not finite for {row} steps in a row (max_nonfinite={self._config.max_nonfinite}) "
-                f"up to step {newest['step']}; weights are those before them. Lower optimizer.base_lr, or use precision=fp32"
+                f"up to step {worst['step']}; weights are those before them. Lower optimizer.base_lr, or use precision=fp32"
             )
 
     def _line(self, step: int, schedules: Mapping[str, float], parts: dict[str, float]) -> dict[str, Any]:
@@ -119,6 +121,13 @@ class Recorder:
         for name, value in newest.get("eval", {}).items():
             figures += f"  {name} {value:.4f}"
         self._progress.show(newest["step"], figures, last or "eval" in newest)
+
+    @contextlib.contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """What happens inside (an evaluation, a save) is not counted as training in img_per_s and data_wait."""
+        began = time.monotonic()
+        yield
+        self._since += time.monotonic() - began
 
     def sync(self) -> None:
         """Log lines to the disk."""

@@ -19,11 +19,11 @@ RESOLVED = ("precision", "device", "deterministic", "threads")
 
 def prepare(out: Path, resume: bool) -> None:
     """Make the folder; refuse one that holds a run unless it is to be resumed."""
-    if (out / "config.yaml").exists() and not resume:
-        raise UserError(f"--out {out} already holds a run; add --resume to go on with it, or name another folder")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
     try:
+        if (out / "config.yaml").exists() and not resume:
+            raise UserError(f"--out {out} already holds a run; add --resume to go on with it, or name another folder")
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out {out} is a file; name a folder")
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".tmp-probe"
         probe.touch()
@@ -37,17 +37,22 @@ def prepare(out: Path, resume: bool) -> None:
 def stored_config(out: Path) -> Config | None:
     """The configuration of the run in this folder, or None."""
     path = out / "config.yaml"
-    if not path.is_file():
-        return None
     try:
+        if not path.is_file():
+            return None
         values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected 'key: value' lines, seen {type(values).__name__}")
     return configuration.validate(Config, values or {}, where=str(path))
 
 
 def write_config(out: Path, config: Config) -> None:
-    """RUN/config.yaml, itself a recipe."""
+    """RUN/config.yaml, itself a recipe; where a start was to stop early is no property of the run."""
+    config = config.model_copy(update={"stop_at": None})
     checkpoint.write_atomically(out / "config.yaml", configuration.dump(config))
 
 

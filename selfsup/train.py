@@ -89,8 +89,9 @@ def train(
         run = Run.create(config, out, device, dataset, views, quiet)
         for note in notes:
             run.progress.note(note)
-        if resume:
-            run.resume()
+        if not (resume and run.resume()):
+            initialise(run.method, config)
+        dist.broadcast_module(run.method)
         return _loop(run, signals, evaluate)
 
 
@@ -134,12 +135,10 @@ class Run:
             source = open_source(config.data.path, channels=channels, config=config.data)
         length = plan(config, len(source))
         method = methods.create(config)
-        initialise(method, config)
         dtype = torch.float64 if config.precision == "fp64" else torch.float32
         method.to(device=device, dtype=dtype)
         method.train()
         _configure(method, config)
-        dist.broadcast_module(method)
         trainable = [(n, p) for n, p in method.named_parameters() if p.requires_grad]
         optimizer = create_optimizer(config.optimizer, parameter_groups(trainable, config.optimizer.layer_decay))
         loader = Loader(
@@ -218,14 +217,17 @@ class Run:
             model.update({f"loss_scale.{k}": v for k, v in self.scale.state_dict().items()})
         return checkpoint.State(model, state_tensors(self.optimizer), checkpoint.rng_state(self.device), trainer)
 
-    def resume(self) -> None:
-        """Continue from the newest valid checkpoint; without one, start from the beginning and say so."""
-        folder, problems = checkpoint.newest_valid(self.out / "checkpoints")
+    def resume(self) -> bool:
+        """Continue from the newest valid checkpoint; without one say that it starts from the beginning: False."""
+        root = self.out / "checkpoints"
+        chosen, problems = checkpoint.newest_valid(root) if dist.is_main() else (None, [])
+        step = dist.agree(-1 if chosen is None else checkpoint.step_of(chosen))  # rank 0 decides
         for problem in problems:
             self.progress.note(f"passing over a damaged checkpoint: {problem}")
-        if folder is None:
+        if step < 0:
             self.progress.note(f"nothing to resume in {self.out}: starting at step 0")
-            return
+            return False
+        folder = checkpoint.folder_of(root, step)
         state = checkpoint.load(folder, dist.rank())
         trainer = state.trainer
         if trainer["data"] != self.source.fingerprint():
@@ -254,6 +256,7 @@ class Run:
         self.step = int(trainer["step"])
         self.progress.start = self.step
         self.progress.note(f"resuming at step {self.step} from {folder}")
+        return True
 
     def save(self) -> None:
         """A checkpoint of this step, by all ranks."""
@@ -261,9 +264,13 @@ class Run:
 
     def export(self) -> None:
         """RUN/backbone."""
+        error: UserError | None = None
         if dist.is_main():
-            export_timm(self.method.export(), self.out / "backbone")
-        dist.barrier()
+            try:
+                export_timm(self.method.export(), self.out / "backbone")
+            except UserError as cause:
+                error = cause
+        dist.raise_together(error, "exporting the backbone")
 
 
 def _configure(method: nn.Module, config: Config) -> None:
@@ -280,7 +287,7 @@ def _configure(method: nn.Module, config: Config) -> None:
 def _loop(run: Run, signals: StopSignals, evaluate_backbone: Evaluate | None) -> Result:
     config, method, optimizer = run.config, run.method, run.optimizer
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    buffers = [b for b in method.buffers() if b.is_floating_point()] if method.batch_statistics else []
+    buffers = list(method.buffers()) if method.batch_statistics else []
     end = min(run.plan.steps, config.stop_at or run.plan.steps)
     every = config.eval.every if evaluate_backbone is not None else None
     evaluations: dict[str, float] = {}
@@ -330,13 +337,15 @@ def _loop(run: Run, signals: StopSignals, evaluate_backbone: Evaluate | None) ->
             stopped = signals.agreed()
             last = run.step == end or stopped
             if every and (run.step % every == 0 or run.step == run.plan.steps):
-                evaluations = evaluate_backbone(method.export(), run.step)  # type: ignore[misc]
+                with recorder.clock_stopped():
+                    evaluations = evaluate_backbone(method.export(), run.step)  # type: ignore[misc]
                 recorder.flush(evaluations, last=last)
             elif last or run.step % config.log_every == 0 or run.step % config.checkpoint.every == 0:
                 recorder.flush(last=last)
             if last or run.step % config.checkpoint.every == 0:
-                recorder.sync()
-                run.save()
+                with recorder.clock_stopped():
+                    recorder.sync()
+                    run.save()
     signals.finish()
 
     run.export()

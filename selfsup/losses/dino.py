@@ -31,13 +31,11 @@ def dino_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     z = at_least_float32(student) / temperature  # [V, B, K]
     lse = torch.logsumexp(z, dim=-1)  # [V, B]
     total = teacher.sum(0)  # [B, K]
-    counts = lse.new_tensor([targets - 1] * targets + [targets] * (views - targets)) if targets > 1 else None
     own = total - teacher  # [T, B, K]: a teacher's view is not compared with itself
-    dots = torch.cat([(own * z[:targets]).sum(-1), (total * z[targets:]).sum(-1)])  # [V, B]
-    if counts is None:  # one teacher view: its own student view has no partner
-        counts = lse.new_tensor([0] + [1] * (views - 1))
+    dots = (own * z[:targets]).sum() + (total * z[targets:]).sum()
+    partition = (targets - 1) * lse[:targets].sum() + targets * lse[targets:].sum()
     pairs = targets * (views - 1)
-    return (counts[:, None] * lse - dots).sum() / (pairs * batch)
+    return (partition - dots) / (pairs * batch)
 
 
 def entropy(probabilities: Tensor) -> Tensor:
