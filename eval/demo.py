@@ -7,11 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from matplotlib.image import imread
+
 from selfsup import checkpoint
 from selfsup.config import Config
 from selfsup.log import duration
 
 from . import knn, linear, pictures
+from .canvas import BLUE, INK, MUTED, ORANGE, bare, new_figure, save
 
 ROWS = {
     "random init": "random:{run}",
@@ -31,7 +34,10 @@ def run_demo(config: Config, out: Path, train: Callable[[Config, Path], Any]) ->
     _say("2/4  k-NN and linear probe, beside random weights and raw pixels")
     rows = evaluate_rows(out)
     _say("3/4  pictures")
-    drawn = pictures.draw_run(out)
+    drawn = [
+        poster(rows, pictures.draw_run(out), out / "pictures" / "demo.png"),
+        *sorted((out / "pictures").glob("*.png")),
+    ]
     _say("4/4  the backbone, loaded by timm alone")
     check_backbone(out / "backbone")
     summary: dict[str, Any] = {
@@ -62,6 +68,33 @@ def evaluate_rows(run: Path) -> list[dict[str, Any]]:
         rows.append({"name": name, "knn": nearest["metrics"]["top1"], "linear": probe["metrics"]["top1"]})
         _say(f"     {name}: k-NN {rows[-1]['knn']:.4f}  linear {rows[-1]['linear']:.4f}")
     return rows
+
+
+def poster(rows: list[dict[str, Any]], drawn: list[Path], path: Path) -> Path:
+    """The demo in one picture: the table as bars, the map of embeddings, the features as colours or attention."""
+    found = {p.name: p for p in drawn}
+    strip = found.get("pca.png") or found.get("attention.png")
+    figure = new_figure(11, 7.2 if strip else 4.6)
+    grid = figure.add_gridspec(2 if strip else 1, 2, height_ratios=[1.9, 1] if strip else None, width_ratios=[1, 1.15])
+    bars = figure.add_subplot(grid[0, 0])
+    names = [row["name"] for row in rows]
+    for offset, key, label, colour in ((-0.2, "knn", "k-NN, k = 20", BLUE), (0.2, "linear", "linear probe", ORANGE)):
+        values = [100 * row[key] for row in rows]
+        drawn_bars = bars.barh([i + offset for i in range(len(rows))], values, height=0.36, color=colour, label=label)
+        bars.bar_label(drawn_bars, fmt="%.1f", padding=3, fontsize=9, color=INK)
+    bars.set_yticks(range(len(rows)), names)
+    bars.invert_yaxis()
+    bars.set_xlim(0, 100)
+    bars.set_xlabel("accuracy on 2,000 test images (%)", color=MUTED)
+    bars.spines[["top", "right", "left"]].set_visible(False)
+    bars.tick_params(length=0)
+    bars.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    for place, name in ((grid[0, 1], found.get("embeddings.png")), (grid[1, :] if strip else None, strip)):
+        if place is not None and name is not None:
+            axes = figure.add_subplot(place)
+            bare(axes)
+            axes.imshow(imread(name), interpolation="antialiased")
+    return save(figure, path)
 
 
 def check_backbone(folder: Path) -> None:

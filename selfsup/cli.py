@@ -38,17 +38,15 @@ def demo(
 ) -> None:
     """The whole story on bundled real images: train DINO, evaluate, draw, export. CPU, minutes."""
     if print_config:
-        from selfsup import methods, runtime
-
-        config = configuration.load("demo", overrides or [])
-        typer.echo(configuration.dump(methods.complete(runtime.resolve(config))), nl=False)
+        _print_config(configuration.load("demo", overrides or []))
         return
     from selfsup.eval.demo import run_demo
     from selfsup.eval.periodic import knn_callable
     from selfsup.train import train as trainer
 
     config = configuration.load("demo", overrides or [])
-    run_demo(config, out, lambda c, path: trainer(c, out=path, evaluate=knn_callable(c, path)))
+    # a demo that was interrupted goes on; one that is finished is evaluated again
+    run_demo(config, out, lambda c, path: trainer(c, out=path, resume=True, evaluate=knn_callable(c, path)))
 
 
 @app.command()
@@ -61,10 +59,8 @@ def train(
 ) -> None:
     """Train as a recipe says: a plain process, under torchrun, or under SLURM. Exits 75 when stopped early and resumable."""
     config = configuration.load(recipe, overrides or [])
-    from selfsup import methods, runtime
-
     if print_config:
-        typer.echo(configuration.dump(methods.complete(runtime.resolve(config))), nl=False)
+        _print_config(config)
         return
     out = out or _default_folder(recipe, resume)
     evaluate = None
@@ -79,6 +75,12 @@ def train(
 
     if dist.is_main():
         typer.echo(f"done: {result.steps} steps; the backbone is in {out / 'backbone'}; next: selfsup eval knn {out}")
+
+
+def _print_config(config: configuration.Config) -> None:
+    from selfsup import methods, runtime
+
+    typer.echo(configuration.dump(methods.complete(runtime.resolve(config))), nl=False)
 
 
 def _default_folder(recipe: str, resume: bool) -> Path:

@@ -158,8 +158,7 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, T
     for full, value in tensors.items():
         name, _, key = full.rpartition("|")
         p = by_name[name]
-        if key != "step" or optimizer.defaults.get(
-            "fused"
-        ):  # a step counter keeps its own type and, where the optimizer is fused, the device
-            value = value.to(p.device)
-        optimizer.state[p][key] = value.clone()
+        if value.shape == p.shape and p.ndim:  # a moment: with the strides of its parameter, which fused kernels assume
+            optimizer.state[p][key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+        else:  # a step counter, on the device only where the optimizer is fused
+            optimizer.state[p][key] = value.clone().to(p.device if optimizer.defaults.get("fused") else "cpu")

@@ -137,6 +137,7 @@ class Run:
         method = methods.create(config)
         dtype = torch.float64 if config.precision == "fp64" else torch.float32
         method.to(device=device, dtype=dtype)
+        method.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs and GPUs
         method.train()
         _configure(method, config)
         trainable = [(n, p) for n, p in method.named_parameters() if p.requires_grad]

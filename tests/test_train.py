@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import selfsup
 from selfsup import EarlyStop, UserError
-from selfsup.config import dump
+from selfsup.config import BackboneConfig, dump
 from selfsup.log import read_metrics
 from selfsup.methods.dino import DINO
 from tests.methods.tiny import tiny_config, write_images
@@ -43,10 +43,15 @@ def files(run: Path, step: int) -> dict[str, bytes]:
     return {**weights, **{p.name: p.read_bytes() for p in (run / "backbone").iterdir()}}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_stop_and_resume_is_bitwise(images: Path, tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "backbone"),
+    [(["precision=fp32"], None), (["precision=bf16"], None), (["optimizer=sgd"], "resnet10t"), ([], "efficientvit_b0")],
+)
+def test_stop_and_resume_is_bitwise(images: Path, tmp_path: Path, overrides: list[str], backbone: str | None) -> None:
     """Stopped twice, resumed with other worker counts: log, weights, optimizer and export are the same bytes."""
-    config = config_for(images, "backbone.drop_path_rate=0.2", f"precision={precision}", "accumulate=2")
+    config = config_for(images, "backbone.drop_path_rate=0.2", "accumulate=2", *overrides)
+    if backbone:  # batch norm; convolutions, whose weights and moments are channels-last in memory
+        config = config.model_copy(update={"backbone": BackboneConfig(name=backbone)})
     selfsup.train(config, out=tmp_path / "whole", quiet=True)
     for stop_at, workers in ((3, 0), (7, 2), (None, 1)):
         part = config.model_copy(update={"stop_at": stop_at, "workers": workers})
