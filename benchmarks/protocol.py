@@ -81,6 +81,7 @@ def claim(ratio: float, low: float, high: float, aa: float, pairs: int, unit: st
         return f"too noisy, nothing claimed (A/A {aa:.2f})"
     if pairs < MIN_PAIRS:
         return f"{pairs} pairs are too few, nothing claimed"
+    low, high = math.floor(low * 100 + 1e-9) / 100, math.ceil(high * 100 - 1e-9) / 100
     if low > 1:
         return f"at least {low:.2f}{unit}"
     if high < 1:

@@ -73,6 +73,8 @@ def test_bootstrap_covers_the_median():
         (1.5, 1.4, 1.6, 1.00, 14, "14 pairs are too few"),
         (1.5, 1.4, 1.6, 1.04, 15, "at least 1.40x"),
         (1.0, 0.9, 1.1, 1.00, 15, "no difference shown"),
+        (1.1, 1.004, 1.2, 1.00, 15, "no difference shown"),
+        (1.5, 1.209, 1.6, 1.00, 15, "at least 1.20x"),
         (0.8, 0.7, 0.9, 1.00, 15, "slower: at most 0.90x"),
     ],
 )
