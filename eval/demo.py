@@ -24,6 +24,10 @@ ROWS = {
 }
 """Rows of the demo's table and the targets they evaluate."""
 
+DATA = ["eval.train=demo:train", "eval.val=demo:val"]
+LAYERS = ["layer=[-1,last2,last3]", "pooling=[pooled,patchmean]"]
+"""The probe's grid, the same for every backbone: which of them is best is decided on held-out training images."""
+
 
 def run_demo(config: Config, out: Path, train: Callable[[Config, Path], Any]) -> dict[str, Any]:
     """Train `config` into `out`, print one table, write demo.json and the pictures; returns what is in demo.json."""
@@ -57,14 +61,14 @@ def run_demo(config: Config, out: Path, train: Callable[[Config, Path], Any]) ->
 
 
 def evaluate_rows(run: Path) -> list[dict[str, Any]]:
-    """k-NN (k = 20, T = 0.07) and linear top-1 of every row's target on the run's own data."""
+    """k-NN (k = 20, T = 0.07, the backbone's own output) and linear top-1 of every row's target on the bundled images."""
     rows = []
     for name, pattern in ROWS.items():
         target = pattern.format(run=run)
-        words = ["eval.train=demo:train", "eval.val=demo:val"]
         slug = name.replace(" ", "_")
-        nearest = knn.evaluate_quietly(target, [*words, "k=20"], run / "eval" / f"knn_{slug}.json")
-        probe = linear.evaluate_quietly(target, words, run / "eval" / f"linear_{slug}.json")
+        grid = [] if target == "pixels" else LAYERS
+        nearest = knn.evaluate_quietly(target, [*DATA, "k=20"], run / "eval" / f"knn_{slug}.json")
+        probe = linear.evaluate_quietly(target, [*DATA, *grid], run / "eval" / f"linear_{slug}.json")
         rows.append({"name": name, "knn": nearest["metrics"]["top1"], "linear": probe["metrics"]["top1"]})
         _say(f"     {name}: k-NN {rows[-1]['knn']:.4f}  linear {rows[-1]['linear']:.4f}")
     return rows

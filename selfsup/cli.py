@@ -41,12 +41,11 @@ def demo(
         _print_config(configuration.load("demo", overrides or []))
         return
     from selfsup.eval.demo import run_demo
-    from selfsup.eval.periodic import knn_callable
     from selfsup.train import train as trainer
 
     config = configuration.load("demo", overrides or [])
     # a demo that was interrupted goes on; one that is finished is evaluated again
-    run_demo(config, out, lambda c, path: trainer(c, out=path, resume=True, evaluate=knn_callable(c, path)))
+    run_demo(config, out, lambda c, path: trainer(c, out=path, resume=True, evaluate=_periodic(c, path)))
 
 
 @app.command()
@@ -63,18 +62,29 @@ def train(
         _print_config(config)
         return
     out = out or _default_folder(recipe, resume)
-    evaluate = None
-    if config.eval.every:
-        from selfsup.eval.periodic import knn_callable
-
-        evaluate = knn_callable(config, out)
     from selfsup.train import train as trainer
 
-    result = trainer(config, out=out, resume=resume, evaluate=evaluate)
+    result = trainer(config, out=out, resume=resume, evaluate=_periodic(config, out))
     from selfsup import dist
 
     if dist.is_main():
         typer.echo(f"done: {result.steps} steps; the backbone is in {out / 'backbone'}; next: selfsup eval knn {out}")
+
+
+def _periodic(config: configuration.Config, out: Path) -> Any:
+    """k-NN during training if `eval.every` asks for it; without labels it is left out, unless eval.train names some."""
+    if not config.eval.every:
+        return None
+    from selfsup.eval.periodic import knn_callable
+
+    try:
+        return knn_callable(config, out)
+    except UserError as error:
+        if config.eval.train is not None:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"no k-NN during training: {error}", file=sys.stderr)
+        return None
 
 
 def _print_config(config: configuration.Config) -> None:
