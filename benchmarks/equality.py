@@ -9,6 +9,8 @@ from benchmarks.protocol import RTOL
 
 BF16_LOSS = 5e-3
 BF16_GRADIENT = 5e-2
+BF16_DISTANCE = 1.2
+"""Our distance (1 - cosine) from the fp32 gradients may be at most this much of the peer's."""
 
 
 @dataclass(frozen=True)
@@ -22,17 +24,27 @@ class Equality:
     worst: float
     """Largest difference in any one tensor, over that tensor's own largest gradient."""
     worst_name: str
+    distance: float | None = None
+    """Rows below fp32: 1 - cosine of our gradients and those of fp32."""
+    peer_distance: float | None = None
 
     def within(self, dtype: str) -> bool:
         """Whether the two are the same step at this dtype."""
         if dtype == "fp32":
             return self.loss <= RTOL and self.gradient <= RTOL and self.worst <= 10 * RTOL
-        return self.loss <= BF16_LOSS and self.gradient <= BF16_GRADIENT
+        if self.distance is None or self.peer_distance is None:
+            return False
+        near = self.distance <= BF16_DISTANCE * self.peer_distance
+        return near and self.loss <= BF16_LOSS and self.gradient <= BF16_GRADIENT
 
     def __str__(self) -> str:
+        if self.distance is not None and self.peer_distance is not None:
+            fp32 = f"; 1 - cosine with the fp32 gradients {self.distance:.1e}, the peer's {self.peer_distance:.1e}"
+        else:
+            fp32 = ""
         return (
             f"relative differences: loss {self.loss:.1e}, gradients {self.gradient:.1e}, "
-            f"worst tensor {self.worst:.1e} ({self.worst_name})"
+            f"worst tensor {self.worst:.1e} ({self.worst_name}){fp32}"
         )
 
 
@@ -59,3 +71,12 @@ def compare(loss_a: float, a: dict[str, Tensor], loss_b: float, b: dict[str, Ten
         if relative >= worst:
             worst, worst_name = relative, name
     return Equality(abs(loss_a - loss_b) / abs(loss_b), (difference / total) ** 0.5, worst, worst_name)
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """1 - cosine of two sets of gradients, each as one long vector."""
+    dot = aa = bb = 0.0
+    for name in a:
+        x, y = without_key_bias(name, a[name]).double(), without_key_bias(name, b[name]).double()
+        dot, aa, bb = dot + float((x * y).sum()), aa + float(x.square().sum()), bb + float(y.square().sum())
+    return 1 - dot / (aa * bb) ** 0.5

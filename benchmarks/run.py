@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import protocol  # noqa: E402
-from benchmarks.equality import Equality, compare  # noqa: E402
+from benchmarks.equality import Equality, compare, distance  # noqa: E402
 from benchmarks.protocol import Result  # noqa: E402
 from benchmarks.rows import ROWS, Row, write_initial_state  # noqa: E402
 
@@ -100,19 +101,29 @@ class Bench:
         self.peaks[dtype] = max(self.peaks.get(dtype, 0.0), seen)
         return self.peaks[dtype]
 
-    def equality(self, row: Row, peer: str) -> tuple[Equality, dict[str, int]]:
-        """Loss and gradients of both sides' first step, and what each counts as its work. Nothing is timed here."""
+    def first_step(self, name: str, row: Row, peer: str) -> tuple[float, dict[str, Any], int]:
+        """Loss and gradients of one side's first step, and what torch counts as its work. Nothing is timed here."""
         from safetensors.torch import load_file
 
-        losses, gradients, flops = {}, {}, {}
-        for name in ("ours", peer):
-            out = self.folder / f"{row.name}-{name}.safetensors"
-            with self.side(name, row, like=peer) as (side, _):
-                losses[name] = side.ask("gradients", out=str(out))["loss"]
-                flops[name] = side.ask("flops")["flops"]
-            gradients[name] = load_file(out)
-            out.unlink()
-        return compare(losses["ours"], gradients["ours"], losses[peer], gradients[peer]), flops
+        out = self.folder / f"{row.name}-{name}-gradients.safetensors"
+        with self.side(name, row, like=peer) as (side, _):
+            loss = side.ask("gradients", out=str(out))["loss"]
+            flops = side.ask("flops")["flops"]
+        gradients = load_file(out)
+        out.unlink()
+        return loss, gradients, flops
+
+    def equality(self, row: Row, peer: str) -> tuple[Equality, dict[str, int]]:
+        """Whether both sides do the same step, and each one's count of its floating-point operations."""
+        loss, gradients, flops = self.first_step("ours", row, peer)
+        peer_loss, peer_gradients, peer_flops = self.first_step(peer, row, peer)
+        equality = compare(loss, gradients, peer_loss, peer_gradients)
+        if row.dtype != "fp32":
+            _, exact, _ = self.first_step("ours", replace(row, dtype="fp32"), peer)
+            equality = replace(
+                equality, distance=distance(gradients, exact), peer_distance=distance(peer_gradients, exact)
+            )
+        return equality, {"ours": flops, peer: peer_flops}
 
     def measure(self, row: Row, peer: str) -> Result:
         """One row against one peer, by the protocol."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import present, protocol, run
-from benchmarks.equality import compare
+from benchmarks.equality import compare, distance
 from benchmarks.protocol import Result
 from benchmarks.rows import ROWS, Row, initial_state, normalised
 
@@ -97,6 +97,19 @@ def test_unequal_steps_are_seen():
     assert compare(1.0, a, 1.0, {**a, "blocks.0.attn.qkv.bias": keys}).within("fp32")
     with pytest.raises(ValueError, match="one side only"):
         compare(1.0, a, 1.0, {"w": a["w"]})
+
+
+def test_bf16_must_be_as_close_to_fp32_as_the_peer():
+    torch.manual_seed(0)
+    exact = {"w": torch.randn(64, 64)}
+    near, far = ({"w": exact["w"] + e * torch.randn(64, 64)} for e in (1e-3, 1e-2))
+    assert distance(exact, exact) == pytest.approx(0, abs=1e-12)
+    assert distance(near, exact) == pytest.approx(5e-7, rel=0.2)
+    good = compare(1.0, near, 1.0, far)
+    assert not good.within("bf16"), "not compared with fp32 yet"
+    d, e = distance(near, exact), distance(far, exact)
+    assert replace(good, distance=d, peer_distance=e).within("bf16")
+    assert not replace(good, distance=e, peer_distance=d).within("bf16")
 
 
 def test_rows_are_json_and_start_from_one_state():
