@@ -38,10 +38,8 @@ def run_demo(config: Config, out: Path, train: Callable[[Config, Path], Any]) ->
     _say("2/4  k-NN and linear probe, beside random weights and raw pixels")
     rows = evaluate_rows(out)
     _say("3/4  pictures")
-    drawn = [
-        poster(rows, pictures.draw_run(out), out / "pictures" / "demo.png"),
-        *sorted((out / "pictures").glob("*.png")),
-    ]
+    drawn = pictures.draw_run(out)
+    drawn = [poster(rows, drawn, out / "pictures" / "demo.png"), *drawn]
     _say("4/4  the backbone, loaded by timm alone")
     check_backbone(out / "backbone")
     summary: dict[str, Any] = {
