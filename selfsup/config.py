@@ -338,7 +338,7 @@ def read_recipe(recipe: str) -> dict[str, Any]:
             f"no recipe {recipe!r}{suggest(recipe, recipe_names())}; built in: {', '.join(recipe_names())}, or a YAML file"
         )
     try:
-        values = yaml.load(text, _UniqueKeySafeLoader)
+        values = _UniqueKeySafeLoader(text).get_single_data()
     except yaml.YAMLError as error:
         raise UserError(f"recipe {recipe}: not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
