@@ -109,7 +109,7 @@ def test_recipes(selfsup: Command) -> None:
     _, out, _ = selfsup("recipes", "--demo", "--names")
     assert out.split() and set(out.split()) <= set(recipe_names()) and "dino_vits16" not in out.split()
     code, out, _ = selfsup("recipes", "demo")
-    assert code == 0 and yaml.safe_load(out)["data"] == "demo"
+    assert code == 0 and yaml.safe_load(out)["data"]["path"] == "demo"
     code, _, err = selfsup("recipes", "demoo")
     assert code == 2 and "did you mean demo?" in err
 

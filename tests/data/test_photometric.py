@@ -178,7 +178,7 @@ def test_nothing_waits_for_the_device():
     assert watch.waits  # the watch works
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 def test_cuda_equals_cpu_and_never_waits():
     view = multicrop(ViewsConfig(**{"global": Crops(size=64, blur=0.5, solarize=0.3)}))[0]
     n = 64
