@@ -1,8 +1,8 @@
-"""The configuration: a frozen, complete schema; recipes in YAML; dotted overrides from the command line.
+"""The configuration: recipes in YAML, dotted overrides from the command line, faults explained in one line.
 
-`load(recipe, overrides)` gives a `Config`. Unknown keys are refused with a suggestion; `dump` writes a file that is
-itself a recipe. Options that belong to a method are checked by `selfsup.methods` against that method's own schema;
-options of a backbone are passed to timm.
+`load(recipe, overrides)` gives a `Config` (see `selfsup.schema`). Unknown keys are refused with a suggestion; `dump`
+writes a file that is itself a recipe. Options that belong to a method are checked by `selfsup.methods` against that
+method's own schema; options of a backbone are passed to timm.
 """
 
 import difflib
@@ -12,293 +12,64 @@ import typing
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 
 from selfsup.errors import UserError
+from selfsup.schema import (
+    SHORT_FORMS,
+    BackboneConfig,
+    CheckpointConfig,
+    Config,
+    Crops,
+    DataConfig,
+    Duration,
+    EvalConfig,
+    InitConfig,
+    MethodConfig,
+    OpenSection,
+    OptimizerConfig,
+    Positive,
+    Probability,
+    Range,
+    Section,
+    ViewsConfig,
+    expand_short_forms,
+    parse_duration,
+)
 
-# `data=X` is short for `data.path=X`, and so on.
-SHORT_FORMS = {"data": "path", "method": "name", "optimizer": "name", "backbone": "name", "init_from": "path"}
-
-_DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(%|epochs?|steps?|samples?)$")
-
-
-def _check_duration(value: str) -> str:
-    if not _DURATION.match(value):
-        raise ValueError("a duration looks like '10 epochs', '500 steps', '100000 samples' or '10%'")
-    return value
-
-
-def parse_duration(value: str) -> tuple[float, str]:
-    """'10 epochs' -> (10.0, 'epoch'); units are '%', 'epoch', 'step', 'sample'."""
-    match = _DURATION.match(value)
-    if match is None:
-        raise UserError(f"not a duration: {value!r}; write '10 epochs', '500 steps', '100000 samples' or '10%'")
-    return float(match.group(1)), match.group(2).rstrip("s")
-
-
-Duration = Annotated[str, AfterValidator(_check_duration)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
-Range = tuple[float, float]
-
-
-class Section(BaseModel):
-    """A frozen group of keys that refuses keys it does not know."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", populate_by_name=True, validate_default=True, allow_inf_nan=False
-    )
-
-
-class OpenSection(BaseModel):
-    """A frozen group whose further keys are checked by their owner (a method, timm)."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The keys that are not fields of this section."""
-        return dict(self.__pydantic_extra__ or {})
-
-
-class DataConfig(Section):
-    """Where images come from and how their values are read."""
-
-    path: str = "demo"
-    """Folder, file list (.txt), `torchvision:NAME:ROOT`, `timm:NAME:ROOT`, or `demo` (bundled Fashion-MNIST)."""
-    val: str | None = None
-    mean: tuple[float, ...] | None = None
-    """Per channel, of values in [0, 1]. Default: ImageNet's for 3 channels, else 0.5."""
-    std: tuple[float, ...] | None = None
-    value_range: Range | None = None
-    """(low, high) of arrays that are not 8 bit; default by type: uint16 0..65535, float 0..1."""
-    max_pixels: Positive = 100_000_000
-    """Images with more pixels are refused before decoding."""
-    max_bad_fraction: Probability = 0.05
-    """Stop when more than this part of the images seen (and at least 10) could not be read."""
-
-
-class Crops(Section):
-    """One kind of view: how many, how large, and what happens to them.
-
-    A probability given as a list holds one value a view (DINO blurs its two global views with p = 1.0 and 0.1).
-    """
-
-    count: Annotated[int, Field(ge=0)] = 2
-    size: Positive = 224
-    """Pixels, square."""
-    scale: Range = (0.4, 1.0)
-    """Area of the crop as a fraction of the image."""
-    ratio: Range = (3 / 4, 4 / 3)
-    """Aspect ratio, width / height."""
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    hflip: Probability = 0.5
-    vflip: Probability = 0.0
-    jitter: Probability | tuple[Probability, ...] = 0.8
-    """Probability that colour is jittered at all."""
-    brightness: Annotated[float, Field(ge=0)] = 0.4
-    contrast: Annotated[float, Field(ge=0)] = 0.4
-    saturation: Annotated[float, Field(ge=0)] = 0.2
-    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
-    grayscale: Probability | tuple[Probability, ...] = 0.2
-    blur: Probability | tuple[Probability, ...] = 0.5
-    blur_sigma: Range = (0.1, 2.0)
-    """Standard deviation of the Gaussian in pixels."""
-    solarize: Probability | tuple[Probability, ...] = 0.0
-    solarize_threshold: Annotated[int, Field(ge=0, le=255)] = 128
-
-    @model_validator(mode="after")
-    def _check(self) -> "Crops":
-        for key in ("scale", "ratio", "blur_sigma"):
-            low, high = getattr(self, key)
-            if not 0 < low <= high:
-                raise ValueError(f"{key} must be two numbers, 0 < low <= high; seen ({low}, {high})")
-        if self.scale[1] > 1:
-            raise ValueError(f"scale is a fraction of the image's area, at most 1; seen {self.scale}")
-        for key in ("jitter", "grayscale", "blur", "solarize"):
-            value = getattr(self, key)
-            if isinstance(value, tuple) and len(value) != self.count:
-                raise ValueError(
-                    f"{key} holds {len(value)} probabilities for {self.count} views; give one a view, or one for all"
-                )
-        return self
-
-    def probability(self, key: str, view: int) -> float:
-        """The probability `key` of the view with this index."""
-        value = getattr(self, key)
-        return value[view] if isinstance(value, tuple) else value
-
-
-class ViewsConfig(Section):
-    """Multi-crop (Caron et al., 2020, SwAV, section 3.3; the values of DINO's published code)."""
-
-    global_: Crops = Field(default=Crops(blur=(1.0, 0.1), solarize=(0.0, 0.2)), alias="global")
-    local: Crops = Crops(count=8, size=96, scale=(0.05, 0.4))
-
-    @model_validator(mode="before")
-    @classmethod
-    def _keep_defaults(cls, values: Any) -> Any:
-        """A kind of which some keys are given keeps its own defaults for the others, not those of `Crops`."""
-        if not isinstance(values, Mapping):
-            return values
-        out = dict(values)
-        for name, field in cls.model_fields.items():
-            for key in (name, field.alias):
-                if isinstance(given := out.get(key), Mapping):
-                    out[key] = {**field.default.model_dump(), **given}
-        return out
-
-
-class BackboneConfig(OpenSection):
-    """A backbone by its timm name; every other key is an option of timm's `create_model`."""
-
-    name: str = "vit_small_patch16_224"
-    pos_interp: Literal["size", "timm", "dino"] = "timm"
-    """How position embeddings meet another image size: bicubic by size, timm's (antialiased), or DINO's by scale factor."""
-    in_chans: Positive = 3
-    pretrained: bool = False
-
-
-class MethodConfig(OpenSection):
-    """A method by name, or `package.module:Class`; its options are checked by its own schema."""
-
-    name: str = "dino"
-
-
-class OptimizerConfig(Section):
-    """Optimizer, its schedules, and clipping."""
-
-    name: Literal["adamw", "sgd", "lars"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate as it is used; default: base_lr * global_batch / 256."""
-    base_lr: Annotated[float, Field(gt=0)] = 5e-4
-    min_lr: Annotated[float, Field(ge=0)] = 1e-6
-    warmup: Duration = "10%"
-    weight_decay: Annotated[float, Field(ge=0)] = 0.04
-    weight_decay_end: Annotated[float, Field(ge=0)] | None = 0.4
-    """Cosine from weight_decay to this; null keeps it constant."""
-    clip: Annotated[float, Field(gt=0)] | None = 3.0
-    clip_mode: Literal["parameter", "global"] = "parameter"
-    """Clip each parameter's gradient norm (DINO's code) or the norm over all."""
-    momentum: Probability = 0.9
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-
-
-class CheckpointConfig(Section):
-    """When checkpoints are written and which stay."""
-
-    every: Positive = 250
-    """Steps."""
-    keep_last: Positive = 2
-
-
-class EvalConfig(Section):
-    """Labelled data for evaluation during and after training."""
-
-    every: Positive | None = None
-    """k-NN every so many steps; null: only when asked for."""
-    train: str | None = None
-    val: str | None = None
-    k: tuple[Positive, ...] = (20,)
-    temperature: Annotated[float, Field(gt=0)] = 0.07
-    max_train: Positive | None = 20_000
-    """At most this many bank images in evaluations during training (a seeded choice)."""
-
-
-class InitConfig(Section):
-    """Starting from a run or a published checkpoint."""
-
-    path: str | None = None
-    heads: Literal["load", "fresh"] = "fresh"
-    head_only: Duration | None = None
-    """Train the heads alone for this long at first."""
-
-
-class Config(Section):
-    """Everything a training run depends on."""
-
-    data: DataConfig = DataConfig()
-    views: ViewsConfig = ViewsConfig()
-    backbone: BackboneConfig = BackboneConfig()
-    method: MethodConfig = MethodConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    eval: EvalConfig = EvalConfig()
-    init_from: InitConfig = InitConfig()
-
-    steps: Positive | None = None
-    epochs: Annotated[float, Field(gt=0)] | None = None
-    samples: Positive | None = None
-    global_batch: Positive = 64
-    accumulate: Positive = 1
-    """Micro-batches per step on every rank."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    deterministic: bool | None = None
-    """Bitwise repeatable kernels; null: yes on a CPU, no on CUDA."""
-    parallel: Literal["ddp"] = "ddp"
-    compile: bool = False
-    grad_checkpointing: bool = False
-    workers: Annotated[int, Field(ge=0)] = 2
-    threads: Positive | None = None
-    """Compute threads a process; null: this machine's CPUs shared among its ranks."""
-    log_every: Positive = 10
-    tensorboard: bool = True
-    """Also write TensorBoard files, if that package is installed."""
-    stop_at: Positive | None = None
-    """End early at this step with exit code 75; schedules are left alone."""
-    max_nonfinite: Positive = 10
-    """Stop after so many steps in a row whose loss or gradients are not finite."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_forms(cls, values: Any) -> Any:
-        return expand_short_forms(values) if isinstance(values, dict) else values
-
-    @model_validator(mode="after")
-    def _check(self) -> "Config":
-        given = [k for k in ("steps", "epochs", "samples") if getattr(self, k) is not None]
-        if len(given) > 1:
-            raise ValueError(f"give one of steps, epochs, samples; seen {' and '.join(given)}")
-        if self.global_batch % self.accumulate:
-            raise ValueError(f"accumulate={self.accumulate} does not divide global_batch={self.global_batch}")
-        for key in ("mean", "std"):
-            value = getattr(self.data, key)
-            if value is not None and len(value) != self.backbone.in_chans:
-                raise ValueError(f"data.{key} has {len(value)} values for backbone.in_chans={self.backbone.in_chans}")
-        return self
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """Channel means of values in [0, 1]."""
-        return self.data.mean or (
-            (0.485, 0.456, 0.406) if self.backbone.in_chans == 3 else (0.5,) * self.backbone.in_chans
-        )
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """Channel standard deviations of values in [0, 1]."""
-        return self.data.std or (
-            (0.229, 0.224, 0.225) if self.backbone.in_chans == 3 else (0.25,) * self.backbone.in_chans
-        )
-
-
-def expand_short_forms(values: Mapping[str, Any]) -> dict[str, Any]:
-    """{'data': 'x'} -> {'data': {'path': 'x'}}."""
-    out = dict(values)
-    for key, inner in SHORT_FORMS.items():
-        if key in out and not isinstance(out[key], (dict, BaseModel)):
-            out[key] = {inner: out[key]} if out[key] is not None else {}
-    return out
-
-
-# ---------------------------------------------------------------------------------------------- reading and writing
+__all__ = [
+    "SHORT_FORMS",
+    "BackboneConfig",
+    "CheckpointConfig",
+    "Config",
+    "Crops",
+    "DataConfig",
+    "Duration",
+    "EvalConfig",
+    "InitConfig",
+    "MethodConfig",
+    "OpenSection",
+    "OptimizerConfig",
+    "Positive",
+    "Probability",
+    "Range",
+    "Section",
+    "ViewsConfig",
+    "dump",
+    "expand_short_forms",
+    "load",
+    "merge",
+    "parse_duration",
+    "parse_overrides",
+    "read_recipe",
+    "recipe_names",
+    "recipe_texts",
+    "suggest",
+    "validate",
+]
 
 
 def recipe_names() -> list[str]:

@@ -14,7 +14,7 @@ FOLDERS = {"selfsup": ROOT / "selfsup", "selfsup.eval": ROOT / "eval", "selfsup.
 
 # A part may import parts of its own level and below, except as FORBIDDEN says.
 LEVELS = [
-    {"errors", "config", "randomness", "schedules", "dist", "ema", "heads", "batchnorm", "losses", "optim"},
+    {"errors", "schema", "config", "randomness", "schedules", "dist", "ema", "heads", "batchnorm", "losses", "optim"},
     {"checkpoint", "log", "health", "runtime", "runfolder", "signals", "recorder"},
     {"backbones", "data"},
     {"methods", "recipes", "initialise"},
@@ -24,7 +24,7 @@ LEVELS = [
 ]
 LEVEL = {part: n for n, parts in enumerate(LEVELS) for part in parts}
 LAZY_TOP = {"", "cli", "demo"}  # may reach eval, launch and the trainer, inside functions only
-NO_TORCH = {"", "errors", "config", "cli", "recipes"}
+NO_TORCH = {"", "errors", "schema", "config", "cli", "recipes"}
 FORBIDDEN = {  # part -> parts it must not import, although the levels would allow it
     "backbones": {"data"},
     "data": {"backbones"},
