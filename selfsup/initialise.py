@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from selfsup.backbones.keys import Branch, select
@@ -27,24 +26,11 @@ def initialise(method: Any, config: Config) -> None:
                 "init_from.head_only needs init_from: without it there is no trained backbone to hold still"
             )
         return
-    roles = method.backbones()
-    for role, backbone in roles.items():
-        own = config.init_from.heads == "load" and role == "student"
-        load_into(backbone, path, branch="student" if own else "teacher")
-    if config.init_from.heads == "load":
-        found = _heads(Path(path), "teacher")
-        for role in roles:
-            branch: Branch = "student" if role == "student" else "teacher"
-            _load_head(getattr(method, role).head, found if branch == "teacher" else _heads(Path(path), branch), path)
-    elif "teacher" in roles and "student" in roles:
-        _copy_missing(method.teacher, method.student)
-
-
-def _copy_missing(teacher: nn.Module, student: nn.Module) -> None:
-    """Teacher = student where `allow_partial` loading or buffers could have left them different."""
-    with torch.no_grad():
-        for t, s in zip([*teacher.parameters(), *teacher.buffers()], [*student.parameters(), *student.buffers()]):
-            t.copy_(s)
+    for role, backbone in method.backbones().items():
+        own: Branch = "student" if role == "student" and config.init_from.heads == "load" else "teacher"
+        load_into(backbone, path, branch=own)
+        if config.init_from.heads == "load":
+            _load_head(getattr(method, role).head, _heads(Path(path), own), path)
 
 
 def _heads(path: Path, branch: Branch) -> dict[str, Tensor]:

@@ -79,10 +79,15 @@ def plan(config: Config, images: int) -> Plan:
     return Plan(steps=steps, images=images, global_batch=config.global_batch)
 
 
-def optimizer_schedules(config: Config, plan: Plan) -> dict[str, Schedule]:
-    """Learning rate (linear scaling with the batch, Goyal et al., 2017) and weight decay."""
+def peak_learning_rate(config: Config) -> float:
+    """As given, or the base rate scaled linearly with the batch (Goyal et al., 2017)."""
     o = config.optimizer
-    peak = o.lr if o.lr is not None else o.base_lr * config.global_batch / 256
+    return o.lr if o.lr is not None else o.base_lr * config.global_batch / 256
+
+
+def optimizer_schedules(config: Config, plan: Plan) -> dict[str, Schedule]:
+    """Learning rate and weight decay."""
+    o, peak = config.optimizer, peak_learning_rate(config)
     end = o.weight_decay if o.weight_decay_end is None else o.weight_decay_end
     return {
         "lr": cosine(peak, min(o.min_lr, peak), plan.steps, min(plan.steps_of(o.warmup), plan.steps)),

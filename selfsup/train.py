@@ -37,7 +37,7 @@ from selfsup.optim import (
     state_tensors,
 )
 from selfsup.recorder import Recorder
-from selfsup.schedules import Plan, Schedule, evaluate, optimizer_schedules, plan
+from selfsup.schedules import Plan, Schedule, evaluate, optimizer_schedules, peak_learning_rate, plan
 from selfsup.signals import StopSignals
 
 Evaluate = Callable[[Backbone, int], dict[str, float]]
@@ -179,7 +179,6 @@ class Run:
     def announce(self) -> None:
         """What will be trained on what, with the figures people get wrong."""
         c, o = self.config, self.config.optimizer
-        peak = o.lr if o.lr is not None else o.base_lr * c.global_batch / 256
         rule = "as given" if o.lr is not None else f"{o.base_lr:g} x {c.global_batch} / 256"
         count = sum(p.numel() for p in self.method.parameters() if p.requires_grad) / 1e6
         per_device = c.global_batch // (c.accumulate * dist.world())
@@ -194,7 +193,7 @@ class Run:
         )
         note(
             f"global batch {c.global_batch} = {dist.world()} processes x {c.accumulate} accumulated x {per_device} · "
-            f"learning rate {peak:.3g} ({rule})"
+            f"learning rate {peak_learning_rate(c):.3g} ({rule})"
         )
         if self.method.batch_statistics and c.accumulate > 1:
             note(
