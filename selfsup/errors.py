@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class EarlyStop(Exception):
     """Training stopped early on purpose and can be resumed (exit code 75)."""
+
+
+class RankLost(Exception):
+    """Another rank is gone or hangs (exit code 1; the message is the report, a traceback would add nothing)."""

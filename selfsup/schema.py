@@ -187,6 +187,10 @@ class CheckpointConfig(Section):
     every: Positive = 250
     """Steps."""
     keep_last: Positive = 2
+    keep_every: Positive | None = None
+    """Also keep, for good, those of steps divisible by this."""
+    keep_best: Annotated[int, Field(ge=0)] = 0
+    """Also keep so many with the best k-NN accuracy; evaluations then end with a save. Needs eval.every."""
 
 
 class EvalConfig(Section):
@@ -211,6 +215,19 @@ class InitConfig(Section):
     """Train the heads alone for this long at first."""
 
 
+class SpikeConfig(Section):
+    """What to do about a loss that jumps: go back to the last checkpoint and leave the batch out (PaLM, section 5.1)."""
+
+    factor: Annotated[float, Field(gt=1)] | None = None
+    """A loss above so many times the median of the last `window` steps is a spike; null: none is."""
+    window: Annotated[int, Field(ge=8)] = 64
+    """Steps."""
+    skip: Positive = 1
+    """Batches left out: the spiking one and those before it."""
+    max_rollbacks: Positive = 3
+    """Stop at one more."""
+
+
 class Config(Section):
     """Everything a training run depends on."""
 
@@ -222,6 +239,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     init_from: InitConfig = InitConfig()
+    spike: SpikeConfig = SpikeConfig()
 
     steps: Positive | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
@@ -247,6 +265,8 @@ class Config(Section):
     """End early at this step with exit code 75; schedules are left alone."""
     max_nonfinite: Positive = 10
     """Stop after so many steps in a row whose loss or gradients are not finite."""
+    hang_timeout: Annotated[float, Field(gt=0)] = 1800
+    """Seconds without progress after which a run reports who hangs, and ends; also how long ranks wait for one another."""
 
     @model_validator(mode="before")
     @classmethod
@@ -260,6 +280,8 @@ class Config(Section):
             raise ValueError(f"give one of steps, epochs, samples; seen {' and '.join(given)}")
         if self.global_batch % self.accumulate:
             raise ValueError(f"accumulate={self.accumulate} does not divide global_batch={self.global_batch}")
+        if self.checkpoint.keep_best and not self.eval.every:
+            raise ValueError("checkpoint.keep_best needs eval.every: the best are chosen by its k-NN accuracy")
         for key in ("mean", "std"):
             value = getattr(self.data, key)
             if value is not None and len(value) != self.backbone.in_chans:
