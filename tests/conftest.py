@@ -13,6 +13,8 @@ for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_PROCID"
 
 import pytest  # noqa: E402
 
+pytest_plugins = ["tests.faults.table"]  # here, and not in its own folder: what collects nothing still prints it
+
 ALLOWED_SKIPS = ("no CUDA",)
 """Reasons for which a skipped test is no failure in CI: hardware that the machine does not have."""
 

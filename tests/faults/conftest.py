@@ -1,9 +1,10 @@
-"""The zygote of a session."""
+"""The zygote and the runs of a session."""
 
 from collections.abc import Iterator
 
 import pytest
 
+from tests.faults.lab import Lab
 from tests.faults.zygote import Zygote
 
 
@@ -12,3 +13,15 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     """Forks runs for all tests of a session (of one worker under pytest-xdist)."""
     with Zygote(tmp_path_factory.mktemp("zygote")) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def _lab(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(zygote, tmp_path_factory.mktemp("lab"))
+
+
+@pytest.fixture
+def lab(_lab: Lab) -> Iterator[Lab]:
+    """Runs of a tiny recipe. Those that still run when a test ends are killed."""
+    yield _lab
+    _lab.zygote.end_all()

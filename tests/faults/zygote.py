@@ -78,6 +78,10 @@ class Process:
         """The status, or None while it runs."""
         return self.status
 
+    def ends_within(self, seconds: float) -> bool:
+        """Whether it has ended after so many seconds at most."""
+        return self._ended.wait(seconds)
+
     def wait(self, timeout: float = 60) -> int:
         """The status; TimeoutError with its stderr if it has not ended after so many seconds."""
         if not self._ended.wait(timeout):
