@@ -47,7 +47,7 @@ def apply(
     x = x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     x = _jitter(x, p)
     if channels == 3:
-        x = _on_rows(x, np.flatnonzero(p[:, _COLUMN["gray"]] > 0), lambda rows: _luma(rows).expand_as(rows))
+        x = _on_rows(x, np.flatnonzero(p[:, _COLUMN["gray"]] > 0), lambda rows: _luma(rows).repeat(1, 3, 1, 1))
     x = _blur(x, p[:, _COLUMN["sigma"]])
     x = _solarize(x, p[:, _COLUMN["solarize"]])
     scale = [1 / (255 * s) for s in std]

@@ -81,6 +81,15 @@ def test_single_operations(channels, make):
         check([image] * len(params), params, tolerance)
 
 
+@pytest.mark.parametrize("first", [{"gray": 1}, {"order": 0, "hue": 0.1}, {"order": 0, "contrast": 0.6}, {"sigma": 1.5}])
+def test_an_operation_on_all_images_before_one_on_some(first):
+    """A small batch can be all grey, and in part blurred or solarized; so can any batch where grey is certain."""
+    p = PLAIN._replace(**first)
+    params = [p, p._replace(sigma=1.5), p._replace(solarize=128), p]
+    check([noise(3)] * 4, params)
+    check([smooth(3)] * 4, params)
+
+
 def test_untouched_images_stay_bit_for_bit():
     image = noise(3)
     assert (ours([image], [PLAIN])[0] == image).all()
