@@ -86,8 +86,10 @@ def keep(
 
     step: as in metrics.jsonl, so one more than `ViewBatch.step`. batches: its micro-batches on this rank, as the loader
     gives them. s: the values of its schedules. names: of the images of all micro-batches, in order. parts: figures to be
-    shown with it. A disk that is full or not writable is reported through `say` (default: stderr), never raised: a run
-    does not end because of what it keeps for later. Nothing is kept twice; the first refused steps are the ones that stay.
+    shown with it. loss_scale: of that step (fp16); default the figure of this name in `parts`.
+
+    A disk that is full or not writable is reported through `say` (default: stderr), never raised: a run does not end
+    because of what it keeps for later. Nothing is kept twice; the first refused steps are the ones that stay.
     """
     name = f"step_{step:08d}_rank_{rank:05d}"
     final, temporary = folder / name, folder / f"{durable.TEMPORARY}{name}"
@@ -105,7 +107,7 @@ def keep(
             world=dist.world(),
             steps_since=steps_since,
             schedules=dict(s),
-            loss_scale=loss_scale,
+            loss_scale=parts.get("loss_scale") if loss_scale is None else loss_scale,
             figures={k: v if math.isfinite(v) else str(v) for k, v in parts.items()},
             names=[n.encode("utf-8", "backslashreplace").decode() for n in names],
             config=config.model_dump(mode="json", by_alias=True),
