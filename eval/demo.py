@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.image import imread
 
-from selfsup import checkpoint
+from selfsup import durable
 from selfsup.backbones import load_backbone
 from selfsup.backbones.export import timm_difference
 from selfsup.config import Config
@@ -51,7 +51,7 @@ def run_demo(config: Config, out: Path, train: Callable[[Config, Path], Any]) ->
         "seconds": round(time.monotonic() - began, 1),
         "pictures": [str(p) for p in drawn],
     }
-    checkpoint.write_atomically(out / "demo.json", json.dumps(summary, indent=1) + "\n")
+    durable.write_atomically(out / "demo.json", json.dumps(summary, indent=1) + "\n")
     show(rows)
     print(f"trained in {duration(trained)}, all in {duration(summary['seconds'])}")
     print(f"pictures: {', '.join(str(p) for p in drawn)}")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from selfsup import config as configuration
-from selfsup.errors import EarlyStop, UserError
+from selfsup.errors import EarlyStop, RankLost, UserError
 
 app = typer.Typer(
     help="Train visual backbones without labels and by distillation; evaluate them; take them away.",
@@ -155,6 +155,36 @@ def export(
 
 
 @app.command()
+def status(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compute the digests of all checkpoints; exit 2 if one is damaged.")
+    ] = False,
+) -> None:
+    """How runs stand: step, newest checkpoint, who trains in the folder; --verify checks every checkpoint."""
+    from selfsup import status as looking
+
+    damaged = 0
+    for run in runs:
+        typer.echo(looking.describe(run))
+        for checked in looking.verify(run) if verify else []:
+            damaged += checked.problem is not None
+            typer.echo(f"  {checked.folder.name}  {checked.nbytes / 1e6:8.1f} MB  {checked.problem or 'valid'}")
+    if damaged:
+        raise UserError(f"{damaged} damaged checkpoint(s); --resume passes over them to the newest valid one")
+
+
+@app.command()
+def replay(
+    folder: Annotated[Path, typer.Argument(metavar="FILE", help="A folder under RUN/refused.")],
+) -> None:
+    """Compute a refused step again and say where it stopped being finite: terms, modules, gradients, images."""
+    from selfsup import replay as replaying
+
+    replaying.run(folder)
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Show this recipe's text.")] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Only those that run in minutes on two cores.")] = False,
@@ -182,11 +212,15 @@ def main() -> None:
     try:
         code = app(standalone_mode=False) or 0
     except EarlyStop as stop:
+        _ignore_stop_signals()
         print(stop, file=sys.stderr)
         code = 75
     except UserError as error:
         print(f"selfsup: {error}", file=sys.stderr)
         code = 2
+    except RankLost as lost:
+        print(f"selfsup: {lost}", file=sys.stderr)
+        code = 1
     except typer.Exit as exit_:
         code = exit_.exit_code
     except (KeyboardInterrupt, typer.Abort):
@@ -201,6 +235,16 @@ def main() -> None:
             traceback.print_exc()
             code = 1
     _leave(code)
+
+
+def _ignore_stop_signals() -> None:
+    """Everything is saved: a scheduler that asks again must not turn 75 into a death by signal."""
+    import signal
+
+    from selfsup.signals import STOP_SIGNALS
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _leave(code: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from selfsup.errors import UserError
 
 _side: Any = None  # gloo, for agreements between hosts that must not touch the accelerator
+_background: Any = None  # gloo, for the threads that write checkpoints
 
 
 def env_world() -> tuple[int, int, int, int]:
@@ -31,22 +32,23 @@ def init(device: torch.device, timeout_s: float = 1800) -> None:
 
     timeout_s: how long ranks wait for one another, also while rank 0 alone evaluates or writes.
     """
-    global _side
+    global _side, _background
     _, world, _, _ = env_world()
     if world == 1 or td.is_initialized():
         return
     timeout = datetime.timedelta(seconds=timeout_s)
     td.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     _side = td.new_group(backend="gloo", timeout=timeout)
+    _background = td.new_group(backend="gloo", timeout=timeout)
 
 
 def shutdown() -> None:
     """Leave together, so that no rank's exit aborts another's."""
-    global _side
+    global _side, _background
     if td.is_initialized():
         td.barrier()
         td.destroy_process_group()
-        _side = None
+        _side = _background = None
         sys.stdout.flush()
         sys.stderr.flush()
 
@@ -97,9 +99,19 @@ def agree(value: int) -> int:
     return int(flag.item())
 
 
-def start_agreement(value: bool) -> tuple[Tensor, td.Work]:
-    """Begin to exchange a flag over the host-side group: (tensor that will hold the maximum, work to wait for)."""
-    flag = torch.tensor([int(value)])
+def gather_bytes(own: bytes) -> list[bytes]:
+    """Every rank's bytes, of equal length, in rank order. For background threads: it has a group of its own."""
+    if not td.is_initialized():
+        return [own]
+    mine = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+    parts = [torch.empty_like(mine) for _ in range(world())]
+    td.all_gather(parts, mine, group=_background)
+    return [bytes(part.tolist()) for part in parts]
+
+
+def start_agreement(value: int) -> tuple[Tensor, td.Work]:
+    """Begin to exchange an integer over the host-side group: (tensor that will hold the maximum, work to wait for)."""
+    flag = torch.tensor([value])
     work = td.all_reduce(flag, op=td.ReduceOp.MAX, group=_side, async_op=True)
     assert work is not None
     return flag, work

@@ -1,13 +1,16 @@
 """metrics.jsonl, progress on the terminal, TensorBoard where it is installed."""
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
+
+from selfsup.errors import UserError
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -22,6 +25,37 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def last_step(path: Path) -> int:
+    """The step of the last whole line; 0 for a log that is empty or missing."""
+    if not path.is_file():
+        return 0
+    return next((step for _, step in _backwards(path) if step is not None), 0)
+
+
+def _step_of(raw: bytes) -> int | None:
+    """The step of a line; None for one that is cut short or is no such line."""
+    try:
+        return int(json.loads(raw)["step"]) if raw.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _backwards(path: Path, block: int = 1 << 16) -> Iterator[tuple[int, int | None]]:
+    """(offset of its end, step) of each line, last to first, reading no more than is asked for."""
+    with open(path, "rb") as file:
+        start = file.seek(0, os.SEEK_END)
+        held = b""  # [start, start + len(held)) of the file, lines not yet given out
+        while start or held:
+            cut = held.rfind(b"\n", 0, len(held) - 1) + 1  # where its last line begins
+            if cut == 0 and start:
+                size = min(block, start)
+                start = file.seek(start - size)
+                held = file.read(size) + held
+                continue
+            yield start + len(held), _step_of(held[cut:])
+            held = held[:cut]
+
+
 def _tidy(value: Any) -> Any:
     """JSON has no NaN or infinity: they become text."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -32,44 +66,68 @@ def _tidy(value: Any) -> Any:
 
 
 class MetricsLog:
-    """One JSON object a step, each step once, however often the run was killed and resumed."""
+    """One JSON object a step, each step once, however often the run was killed and resumed; never half a line."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
+        """Keeps the lines up to `resume_step`. Raises UserError if the file cannot be written."""
         self.path = path
-        if path.exists():
-            self._truncate(resume_step)
-        self._file = open(path, "ab")  # noqa: SIM115 (closed by close)
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._end = self._kept(resume_step)
+            os.ftruncate(self._file, self._end)
+            os.fsync(self._file)
+        except OSError as error:
+            raise self._unwritable(error) from None
 
-    def _truncate(self, resume_step: int) -> None:
+    def _kept(self, resume_step: int) -> int:
+        """Bytes of whole lines of steps up to `resume_step`: found from the end, where it is near.
+
+        A log without that very step (another disk's, a damaged one) is read from the start, up to the first fault.
+        """
+        if resume_step == 0:
+            return 0
+        for end, step in _backwards(self.path):
+            if step == resume_step:
+                return end
+            if step is not None and step < resume_step:
+                break
         keep = 0
         with open(self.path, "rb") as file:
             for raw in file:
-                try:
-                    step = json.loads(raw)["step"]
-                except (ValueError, KeyError, TypeError):
-                    break
-                if not raw.endswith(b"\n") or step > resume_step:
+                step = _step_of(raw)
+                if step is None or step > resume_step:
                     break
                 keep += len(raw)
-        with open(self.path, "r+b") as file:
-            file.truncate(keep)
-            file.flush()
-            os.fsync(file.fileno())
+        return keep
 
     def write(self, records: list[dict[str, Any]]) -> None:
-        """Append whole lines in one write."""
-        text = "".join(json.dumps(_tidy(r), allow_nan=False) + "\n" for r in records)
-        self._file.write(text.encode())
-        self._file.flush()
+        """Append whole lines: all of them, or UserError and none."""
+        text = "".join(json.dumps(_tidy(r), allow_nan=False) + "\n" for r in records).encode()
+        try:
+            written = 0
+            while written < len(text):
+                written += os.pwrite(self._file, text[written:], self._end + written)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._end)
+            raise self._unwritable(error) from None
+        self._end += len(text)
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self.path}: cannot be written: {error.strerror}; checkpoints are untouched: make room or make it writable, "
+            "then go on with --resume"
+        )
 
     def sync(self) -> None:
         """To the disk; called before a checkpoint is committed, so that the log never lags behind it."""
-        os.fsync(self._file.fileno())
+        os.fsync(self._file)
 
     def close(self) -> None:
-        """Sync and close."""
-        self.sync()
-        self._file.close()
+        """Sync, if the disk lets us, and close."""
+        with contextlib.suppress(OSError):
+            self.sync()
+        os.close(self._file)
 
 
 class TensorBoard:
@@ -85,6 +143,13 @@ class TensorBoard:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Every number of one line of metrics.jsonl."""
+        try:
+            self._add(record)
+        except OSError as error:  # a picture of the run, not the run
+            print(f"no more TensorBoard files: {error}", file=sys.stderr)
+            self._writer = None
+
+    def _add(self, record: Mapping[str, Any]) -> None:
         if self._writer is None:
             return
         for key, value in record.items():
@@ -96,7 +161,8 @@ class TensorBoard:
     def close(self) -> None:
         """Flush and close."""
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(OSError):
+                self._writer.close()
 
 
 def duration(seconds: float) -> str:

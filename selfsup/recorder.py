@@ -3,7 +3,8 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,52 @@ from selfsup.errors import UserError
 from selfsup.health import ADVICE, CollapseMonitor
 from selfsup.log import MetricsLog, Progress, TensorBoard
 from selfsup.schedules import Plan
+from selfsup.spikes import SpikeDetector
 
 SLOW_DATA = 0.2
 """Part of the time spent waiting for data above which the run says what to change."""
+
+
+@dataclass
+class Refusal:
+    """A step that was not taken because loss or gradients were not finite."""
+
+    step: int
+    ranks: list[int]
+    """Those whose own loss was not finite; empty if only gradients were not."""
+    steps_since: int
+    """Steps taken between it and the newest."""
+    parts: dict[str, float]
+
+
+@dataclass
+class Findings:
+    """What the figures of some steps call for; the same on every rank."""
+
+    refused: list[Refusal] = field(default_factory=list)
+    too_many: UserError | None = None
+    """`max_nonfinite` steps in a row were refused."""
+    spike: int | None = None
+    """The first step whose loss spiked."""
 
 
 class Recorder:
     """Buffers device scalars; `flush` averages them over ranks, judges them, and writes them."""
 
     def __init__(
-        self, out: Path, step: int, plan: Plan, progress: Progress, monitor: CollapseMonitor, config: Config
+        self,
+        out: Path,
+        step: int,
+        plan: Plan,
+        progress: Progress,
+        monitor: CollapseMonitor,
+        spikes: SpikeDetector,
+        config: Config,
+        still_ours: Callable[[], None] = lambda: None,
     ) -> None:
+        """still_ours: called before anything is written; raises UserError if the run folder is another's by now."""
         self._plan, self._progress, self._monitor, self._config = plan, progress, monitor, config
+        self._spikes, self._still_ours = spikes, still_ours
         self._log = MetricsLog(out / "metrics.jsonl", step) if dist.is_main() else None
         self._board = TensorBoard(out / "tensorboard", step) if dist.is_main() and config.tensorboard else None
         self._pending: list[tuple[int, dict[str, float], list[str], Tensor]] = []
@@ -45,17 +80,36 @@ class Recorder:
         names = list(parts)
         self._pending.append((step, dict(schedules), names, torch.stack([parts[n].double() for n in names])))
 
-    def flush(self, evaluations: Mapping[str, float] | None = None, last: bool = False) -> None:
+    def flush(
+        self,
+        evaluations: Mapping[str, float] | None = None,
+        last: bool = False,
+        problem: BaseException | None = None,
+    ) -> Findings:
         """Write the buffered steps; `evaluations` belong to the newest. Every rank calls it at the same steps.
 
-        Raises UserError when too many steps in a row were refused because loss or gradients were not finite.
+        problem: what went wrong on this rank meanwhile. It is raised on all ranks together, as is a log that cannot be
+        written: nobody is left waiting.
         """
+        found = Findings()
         if not self._pending:
-            return
+            return found
         values = torch.stack([p[3] for p in self._pending])  # [steps, figures]
-        ranks = dist.all_gather(values[None])  # [ranks, steps, figures]; summed in rank order, so always alike
-        table = (ranks.sum(0) / ranks.shape[0]).cpu().tolist()
-        records = [self._line(step, s, dict(zip(names, row))) for (step, s, names, _), row in zip(self._pending, table)]
+        ranks = dist.all_gather(values[None]).cpu()  # [ranks, steps, figures]; summed in rank order, so always alike
+        table = (ranks.sum(0) / ranks.shape[0]).tolist()
+        records = []
+        for i, (step, s, names, _) in enumerate(self._pending):
+            record = self._line(step, s, dict(zip(names, table[i])))
+            records.append(record)
+            if "refused_in_row" in record:
+                own = ranks[:, i, names.index("loss")]
+                parts = {k: v for k, v in record.items() if isinstance(v, float)}
+                found.refused.append(Refusal(step, (~own.isfinite()).nonzero().flatten().tolist(), 0, parts))
+            elif "left_out" not in record:
+                for refusal in found.refused:
+                    refusal.steps_since += 1
+                if self._spikes.judge(step, record["loss"]) and found.spike is None:
+                    found.spike = step
         self._pending = []
 
         elapsed = time.monotonic() - self._since
@@ -65,23 +119,34 @@ class Recorder:
         newest["time"] = round(time.time(), 3)
         if evaluations:
             newest["eval"] = dict(evaluations)
-        if self._log is not None:
-            self._log.write(records)
+        if self._log is not None and problem is None:
+            try:
+                self._still_ours()
+                self._log.write(records)
+            except UserError as cause:
+                problem = cause
+        dist.raise_together(problem, "training")
         if self._board is not None:
             for record in records:
                 self._board.write(record)
         self._say(records, last)
         self._since, self._waited = time.monotonic(), 0.0
+        found.too_many = self._too_many(records)
+        return found
+
+    def _too_many(self, records: list[dict[str, Any]]) -> UserError | None:
         worst = max(records, key=lambda r: r.get("refused_in_row", 0))
-        if (row := worst.get("refused_in_row", 0)) >= self._config.max_nonfinite:
-            bad = [k for k, v in worst.items() if isinstance(v, float) and not math.isfinite(v)]
-            raise UserError(
-                f"{' and '.join(bad) or 'loss'} not finite for {row} steps in a row (max_nonfinite={self._config.max_nonfinite}) "
-                f"up to step {worst['step']}; weights are those before them. Lower optimizer.base_lr, or use precision=fp32"
-            )
+        row = worst.get("refused_in_row", 0)
+        if row < self._config.max_nonfinite:
+            return None
+        bad = [k for k, v in worst.items() if isinstance(v, float) and not math.isfinite(v)]
+        return UserError(
+            f"{' and '.join(bad) or 'loss'} not finite for {row} steps in a row (max_nonfinite={self._config.max_nonfinite}) "
+            f"up to step {worst['step']}; weights are those before them. Lower optimizer.base_lr, or use precision=fp32"
+        )
 
     def _line(self, step: int, schedules: Mapping[str, float], parts: dict[str, float]) -> dict[str, Any]:
-        refused = round(parts.pop("refused"))
+        refused, left_out = round(parts.pop("refused")), round(parts.pop("left_out"))
         health: dict[str, Any] = {
             k.removeprefix("health/"): parts.pop(k) for k in list(parts) if k.startswith("health/")
         }
@@ -96,6 +161,8 @@ class Recorder:
         line["health"] = health
         if refused:
             line["refused_in_row"] = refused
+        elif left_out:
+            line["left_out"] = True
         return line
 
     def _say(self, records: list[dict[str, Any]], last: bool) -> None:
@@ -130,8 +197,9 @@ class Recorder:
         self._since += time.monotonic() - began
 
     def sync(self) -> None:
-        """Log lines to the disk."""
+        """Log lines to the disk, if the folder is still ours: the condition of a checkpoint's commit."""
         if self._log is not None:
+            self._still_ours()
             self._log.sync()
 
     def close(self) -> None:

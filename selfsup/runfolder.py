@@ -1,37 +1,52 @@
 """A run folder: who may write to it, what is in it, and whether a configuration may resume it."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from selfsup import checkpoint
+from selfsup import checkpoint, durable
 from selfsup import config as configuration
 from selfsup.config import Config
+from selfsup.durable import TEMPORARY
 from selfsup.errors import UserError
+from selfsup.lease import Lease, holder
 
-FREE = ("workers", "checkpoint", "eval", "stop_at", "log_every", "tensorboard")
+FREE = ("workers", "checkpoint", "eval", "stop_at", "log_every", "tensorboard", "hang_timeout")
 """Keys that may change on resume."""
+
+ANNOUNCED = ("spike",)
+"""Keys that may change on resume, which is said: the run will not be the one it was."""
 
 RESOLVED = ("precision", "device", "deterministic", "threads")
 """Keys that 'auto' or null takes over from the run."""
 
 
-def prepare(out: Path, resume: bool) -> None:
-    """Make the folder; refuse one that holds a run unless it is to be resumed."""
+def claim(out: Path, resume: bool) -> Lease:
+    """Make the folder and hold it alone; refuse one that holds a run unless it is to be resumed.
+
+    Raises UserError, having changed nothing, also when another process trains in it.
+    """
     try:
         if (out / "config.yaml").exists() and not resume:
+            if (who := holder(out)) is not None:
+                raise UserError(f"--out {out} is in use by {who}; wait for it or stop it, or name another folder")
             raise UserError(f"--out {out} already holds a run; add --resume to go on with it, or name another folder")
         if out.exists() and not out.is_dir():
             raise UserError(f"--out {out} is a file; name a folder")
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".tmp-probe"
+        probe = out / f"{TEMPORARY}probe"
         probe.touch()
         probe.unlink()
+        lease = Lease.acquire(out, say=lambda text: print(text, file=sys.stderr, flush=True))
+        checkpoint.clean(out)
+        checkpoint.clean(out / "checkpoints")
     except OSError as error:
         raise UserError(
             f"--out {out}: cannot be written: {error.strerror or error}; name a folder you may write to"
         ) from None
+    return lease
 
 
 def stored_config(out: Path) -> Config | None:
@@ -53,7 +68,10 @@ def stored_config(out: Path) -> Config | None:
 def write_config(out: Path, config: Config) -> None:
     """RUN/config.yaml, itself a recipe; where a start was to stop early is no property of the run."""
     config = config.model_copy(update={"stop_at": None})
-    checkpoint.write_atomically(out / "config.yaml", configuration.dump(config))
+    try:
+        durable.write_atomically(out / "config.yaml", configuration.dump(config))
+    except OSError as error:
+        raise UserError(f"{out / 'config.yaml'}: cannot be written: {error.strerror or error}") from None
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -82,6 +100,9 @@ def check_resume(config: Config, stored: Config) -> list[str]:
     for key in sorted(new.keys() | old.keys()):
         before, after = old.get(key), new.get(key)
         if before == after or key.split(".")[0] in FREE:
+            continue
+        if key.split(".")[0] in ANNOUNCED:
+            notes.append(f"{key} changes from {before} to {after}")
             continue
         grows = key in ("steps", "epochs", "samples") and before is not None and after is not None and after > before
         if not grows:

@@ -116,3 +116,8 @@ def fingerprint() -> dict[str, Any]:
         "world_size": dist.world(),
         "threads": torch.get_num_threads(),
     }
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch (on a GPU, or its allocator on the CPU) or Python had no memory left."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

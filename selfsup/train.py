@@ -3,42 +3,30 @@
 import contextlib
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from selfsup import checkpoint, dist, methods, runfolder, runtime
+from selfsup import dist, methods, runfolder, runtime
 from selfsup.backbones import Backbone
-from selfsup.backbones.export import export_timm
-from selfsup.batchnorm import synchronise
 from selfsup.config import Config
 from selfsup.data import photometric
-from selfsup.data.bad_files import BadFileLog
-from selfsup.data.loader import Batch, Loader
-from selfsup.data.sources import Source, open_source, wrap_dataset
+from selfsup.data.loader import Batch
 from selfsup.data.views import View
 from selfsup.errors import EarlyStop, UserError
-from selfsup.health import CollapseMonitor
 from selfsup.initialise import initialise
-from selfsup.log import Progress
+from selfsup.lease import Lease
 from selfsup.methods.contract import ViewBatch
-from selfsup.optim import (
-    LossScale,
-    clip_gradients,
-    create_optimizer,
-    guarded_step,
-    load_state_tensors,
-    parameter_groups,
-    set_hyperparameters,
-    state_tensors,
-)
+from selfsup.optim import clip_gradients, guarded_step, set_hyperparameters
 from selfsup.recorder import Recorder
-from selfsup.schedules import Plan, Schedule, evaluate, optimizer_schedules, peak_learning_rate, plan
+from selfsup.run import Run
+from selfsup.schedules import evaluate
 from selfsup.signals import StopSignals
+from selfsup.watchdog import Watchdog
 
 Evaluate = Callable[[Backbone, int], dict[str, float]]
 
@@ -68,7 +56,8 @@ def train(
 
     dataset: any torch `Dataset` of images or (image, label) pairs, instead of `data.path`. views: instead of the
     method's own. evaluate: called as evaluate(backbone, step) every `eval.every` steps; its figures are logged.
-    Raises UserError for what the user can mend, EarlyStop when stopped by a signal or `stop_at` (resumable).
+    Raises UserError for what the user can mend, EarlyStop when stopped by a signal or `stop_at` (resumable), RankLost
+    when another process of the run is gone.
     """
     out = Path(out)
     stored = runfolder.stored_config(out) if resume else None
@@ -76,289 +65,184 @@ def train(
         config = runfolder.adopt(config, stored)
     config = methods.complete(runtime.resolve(config))
     device = runtime.pick_device(config.device)
-    dist.init(device)
-    error: BaseException | None = None
-    try:
-        if dist.is_main():
-            runfolder.prepare(out, resume)
-    except UserError as cause:
-        error = cause
-    dist.raise_together(error, "preparing the run folder")
-    notes = runfolder.check_resume(config, stored) if stored is not None else []
-    with runtime.settings(config), StopSignals() as signals:
-        run = Run.create(config, out, device, dataset, views, quiet)
-        for note in notes:
-            run.progress.note(note)
-        if not (resume and run.resume()):
-            initialise(run.method, config)
-        dist.broadcast_module(run.method)
-        return _loop(run, signals, evaluate)
-
-
-@dataclass
-class Run:
-    """The parts of a run. Everything that changes during training is in `capture` and `restore`."""
-
-    config: Config
-    out: Path
-    device: torch.device
-    dtype: torch.dtype
-    source: Source
-    loader: Loader
-    method: Any
-    optimizer: torch.optim.Optimizer
-    reducer: dist.GradientReducer
-    scale: LossScale | None
-    plan: Plan
-    schedules: dict[str, Schedule]
-    head_only_steps: int
-    progress: Progress
-    monitor: CollapseMonitor
-    bad_files: BadFileLog
-    step: int = 0
-    refused_in_row: Tensor = field(default_factory=lambda: torch.zeros(()))
-
-    @classmethod
-    def create(
-        cls, config: Config, out: Path, device: torch.device, dataset: Any, views: list[View] | None, quiet: bool
-    ) -> "Run":
-        """Open the data, build the method and its optimizer, and say what will be done."""
-        world, channels = dist.world(), config.backbone.in_chans
-        if config.global_batch % (config.accumulate * world):
-            raise UserError(
-                f"global_batch={config.global_batch} is not divisible by accumulate={config.accumulate} x {world} processes; "
-                f"use a multiple of {config.accumulate * world}"
-            )
-        if dataset is not None:
-            source = wrap_dataset(dataset, channels=channels, config=config.data)
-        else:
-            source = open_source(config.data.path, channels=channels, config=config.data)
-        length = plan(config, len(source))
-        method = methods.create(config)
-        dtype = torch.float64 if config.precision == "fp64" else torch.float32
-        method.to(device=device, dtype=dtype)
-        method.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs and GPUs
-        method.train()
-        _configure(method, config)
-        trainable = [(n, p) for n, p in method.named_parameters() if p.requires_grad]
-        optimizer = create_optimizer(config.optimizer, parameter_groups(trainable, config.optimizer.layer_decay))
-        loader = Loader(
-            source,
-            views or method.views(),
-            seed=config.seed,
-            global_batch=config.global_batch,
-            accumulate=config.accumulate,
+    dist.init(device, timeout_s=config.hang_timeout)
+    with contextlib.ExitStack() as stack:
+        lease = _claim(out, resume)
+        if lease is not None:
+            stack.enter_context(lease)
+        notes = runfolder.check_resume(config, stored) if stored is not None else []
+        watch = Watchdog(
+            out / "ranks",
+            config.hang_timeout,
             rank=dist.rank(),
-            world=world,
-            workers=config.workers,
-            pin=device.type == "cuda",
+            world=dist.world(),
+            on_abort=lease.release if lease is not None else lambda: None,
         )
-        head_only = config.init_from.head_only
-        run = cls(
-            config=config,
-            out=out,
-            device=device,
-            dtype=dtype,
-            source=source,
-            loader=loader,
-            method=method,
-            optimizer=optimizer,
-            reducer=dist.GradientReducer([p for _, p in trainable]),
-            scale=LossScale().to(device) if config.precision == "fp16" else None,
-            plan=length,
-            schedules={**optimizer_schedules(config, length), **method.schedules(length)},
-            head_only_steps=length.steps_of(head_only) if head_only else 0,
-            progress=Progress(length.steps, 0, every=max(50, config.log_every), enabled=dist.is_main() and not quiet),
-            monitor=CollapseMonitor(),
-            bad_files=BadFileLog(out / "bad_files.jsonl", config.data.max_bad_fraction),
-            refused_in_row=torch.zeros((), device=device),
-        )
-        run.announce()
-        return run
-
-    def announce(self) -> None:
-        """What will be trained on what, with the figures people get wrong."""
-        c, o = self.config, self.config.optimizer
-        rule = "as given" if o.lr is not None else f"{o.base_lr:g} x {c.global_batch} / 256"
-        count = sum(p.numel() for p in self.method.parameters() if p.requires_grad) / 1e6
-        per_device = c.global_batch // (c.accumulate * dist.world())
-        note = self.progress.note
-        note(
-            f"{c.method.name} · {c.backbone.name}, {count:.2f} M parameters trained · "
-            f"{c.device}, {c.precision}, {c.threads} threads"
-        )
-        note(
-            f"data {c.data.path}: {len(self.source):,} images · "
-            f"{self.plan.steps:,} steps = {self.plan.epoch(self.plan.steps):.4g} epochs"
-        )
-        note(
-            f"global batch {c.global_batch} = {dist.world()} processes x {c.accumulate} accumulated x {per_device} · "
-            f"learning rate {peak_learning_rate(c):.3g} ({rule})"
-        )
-        if self.method.batch_statistics and c.accumulate > 1:
-            note(
-                f"batch norm sees {per_device} images at a time: accumulate={c.accumulate} is not equal to one large batch"
-            )
-
-    # ------------------------------------------------------------------------------------------------ state
-
-    def capture(self) -> checkpoint.State:
-        """Everything a resume needs."""
-        trainer: dict[str, Any] = {
-            "step": self.step,
-            "samples": self.step * self.config.global_batch,
-            "data": self.source.fingerprint(),
-            "runtime": runtime.fingerprint(),
-            "health": self.monitor.state(),
-            "refused_in_row": int(self.refused_in_row.item()),
-        }
-        model = dict(self.method.state_dict())
-        if self.scale is not None:
-            model.update({f"loss_scale.{k}": v for k, v in self.scale.state_dict().items()})
-        return checkpoint.State(model, state_tensors(self.optimizer), checkpoint.rng_state(self.device), trainer)
-
-    def resume(self) -> bool:
-        """Continue from the newest valid checkpoint; without one say that it starts from the beginning: False."""
-        root = self.out / "checkpoints"
-        chosen, problems = checkpoint.newest_valid(root) if dist.is_main() else (None, [])
-        step = dist.agree(-1 if chosen is None else checkpoint.step_of(chosen))  # rank 0 decides
-        for problem in problems:
-            self.progress.note(f"passing over a damaged checkpoint: {problem}")
-        if step < 0:
-            self.progress.note(f"nothing to resume in {self.out}: starting at step 0")
-            return False
-        folder = checkpoint.folder_of(root, step)
-        state = checkpoint.load(folder, dist.rank())
-        trainer = state.trainer
-        if trainer["data"] != self.source.fingerprint():
-            raise UserError(
-                f"data.path={self.config.data.path}: its list of images is not the one this run was trained on; "
-                "restore the files, or start a new run with --out"
-            )
-        now = runtime.fingerprint()
-        different = [
-            f"{k} {trainer['runtime'].get(k)} -> {v}" for k, v in now.items() if trainer["runtime"].get(k) != v
-        ]
-        if different:
-            self.progress.note(f"resuming, but not bitwise: {', '.join(different)}")
-        scale = {k.removeprefix("loss_scale."): v for k, v in state.model.items() if k.startswith("loss_scale.")}
+        stack.enter_context(watch)
+        stack.enter_context(runtime.settings(config))
+        signals = stack.enter_context(StopSignals())
+        run: Run | None = None
         try:
-            self.method.load_state_dict({k: v for k, v in state.model.items() if not k.startswith("loss_scale.")})
-            load_state_tensors(self.optimizer, state.optimizer)
-        except (RuntimeError, KeyError) as error:
-            first = str(error).strip().splitlines()
-            raise UserError(f"{folder}: does not fit this configuration: {' '.join(first[:2])[:300]}") from None
-        if self.scale is not None and scale:
-            self.scale.load_state_dict(scale)
-        checkpoint.set_rng_state(state.rank, self.device)
-        self.monitor.restore(trainer["health"])
-        self.refused_in_row.fill_(trainer["refused_in_row"])
-        self.step = int(trainer["step"])
-        self.progress.start = self.step
-        self.progress.note(f"resuming at step {self.step} from {folder}")
-        return True
-
-    def save(self) -> None:
-        """A checkpoint of this step, by all ranks."""
-        checkpoint.save(self.out / "checkpoints", self.step, self.capture(), self.config.checkpoint.keep_last)
-
-    def export(self) -> None:
-        """RUN/backbone."""
-        error: UserError | None = None
-        if dist.is_main():
-            try:
-                export_timm(self.method.export(), self.out / "backbone")
-            except UserError as cause:
-                error = cause
-        dist.raise_together(error, "exporting the backbone")
+            run = Run.create(config, out, device, dataset, views, quiet)
+            for note in notes:
+                run.progress.note(note)
+            if not (resume and run.resume()):
+                initialise(run.method, config)
+            dist.broadcast_module(run.method)
+            return _train(run, signals, watch, evaluate, lease.check if lease is not None else lambda: None)
+        except (RuntimeError, MemoryError) as error:
+            if run is not None and runtime.is_out_of_memory(error):
+                raise run.out_of_memory(error) from None
+            watch.explain(error)
+            raise
 
 
-def _configure(method: nn.Module, config: Config) -> None:
-    """Options that change how a method computes, not what."""
-    if dist.world() > 1:
-        synchronise(method)
-    for backbone in method.backbones().values():  # type: ignore[operator]
-        if config.grad_checkpointing and any(p.requires_grad for p in backbone.parameters()):
-            backbone.set_grad_checkpointing(True)
-        if config.compile:
-            backbone.compile(dynamic=False)
+def _claim(out: Path, resume: bool) -> Lease | None:
+    """The run folder, for us alone; rank 0 holds it."""
+    lease, error = None, None
+    if dist.is_main():
+        try:
+            lease = runfolder.claim(out, resume)
+        except UserError as cause:
+            error = cause
+    dist.raise_together(error, "preparing the run folder")
+    return lease
 
 
-def _loop(run: Run, signals: StopSignals, evaluate_backbone: Evaluate | None) -> Result:
+def _train(
+    run: Run,
+    signals: StopSignals,
+    watch: Watchdog,
+    evaluate_backbone: Evaluate | None,
+    still_ours: Callable[[], None],
+) -> Result:
+    error = None
+    if dist.is_main():
+        try:
+            runfolder.write_config(run.out, run.config)
+        except UserError as cause:
+            error = cause
+    dist.raise_together(error, "writing config.yaml")
+    outcome: Outcome = "rolled back"
+    while outcome == "rolled back":
+        recorder = Recorder(
+            run.out, run.step, run.plan, run.progress, run.monitor, run.spikes, run.config, still_ours=still_ours
+        )
+        stream = run.loader.stream(run.step, run.plan.steps)
+        with contextlib.closing(recorder), contextlib.closing(run.writer), contextlib.closing(stream):
+            outcome = _loop(run, stream, recorder, signals, watch, evaluate_backbone)
+            watch.at("checkpoint", run.step)
+            run.writer.wait()
+    signals.finish()
+
+    watch.at("export", run.step)
+    run.export()
+    if run.step < run.plan.steps:
+        why = f"stop_at={run.config.stop_at}"
+        if outcome == "stopped":
+            why = signals.received.name if signals.received else "another rank's signal"
+        raise EarlyStop(f"stopped at step {run.step} of {run.plan.steps} ({why}); go on with --resume --out {run.out}")
+    return Result(run.out, run.step, run.config, run.evaluations)
+
+
+Outcome = Literal["done", "stopped", "rolled back"]
+
+
+def _loop(
+    run: Run,
+    stream: Iterator[list[Batch]],
+    recorder: Recorder,
+    signals: StopSignals,
+    watch: Watchdog,
+    evaluate_backbone: Evaluate | None,
+) -> Outcome:
     config, method, optimizer = run.config, run.method, run.optimizer
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     buffers = list(method.buffers()) if method.batch_statistics else []
     end = min(run.plan.steps, config.stop_at or run.plan.steps)
-    every = config.eval.every if evaluate_backbone is not None else None
-    evaluations: dict[str, float] = {}
-    if dist.is_main():
-        runfolder.write_config(run.out, config)
-    recorder = Recorder(run.out, run.step, run.plan, run.progress, run.monitor, config)
     stopped = False
 
-    with contextlib.closing(recorder), contextlib.closing(run.loader.stream(run.step, run.plan.steps)) as stream:
-        while run.step < end and not stopped:
-            waited = run.loader.wait_seconds
-            batches = next(stream)
-            recorder.data_wait(run.loader.wait_seconds - waited)
-            s = evaluate(run.schedules, run.step)
-            set_hyperparameters(optimizer, s["lr"], s["wd"], freeze_backbone=run.step < run.head_only_steps)
-            before = [b.clone() for b in buffers]
-            optimizer.zero_grad(set_to_none=True)
+    while run.step < end and not stopped:
+        watch.at("data", run.step)
+        waited = run.loader.wait_seconds
+        batches = next(stream)
+        recorder.data_wait(run.loader.wait_seconds - waited)
+        s = evaluate(run.schedules, run.step)
+        set_hyperparameters(optimizer, s["lr"], s["wd"], freeze_backbone=run.step < run.head_only_steps)
+        before = [b.clone() for b in buffers]
+        optimizer.zero_grad(set_to_none=True)
 
-            parts: dict[str, Tensor] = {}
-            for micro, batch in enumerate(batches):
-                views = _to_device(batch, run)
-                if micro == len(batches) - 1:
-                    run.reducer.arm()
-                with runtime.autocast(config):
-                    out = method(views, s)
-                loss = out["loss"] / len(batches)
-                (loss if run.scale is None else loss * run.scale.scale).backward()
-                for name, value in out.items():
-                    parts[name] = parts.get(name, 0) + value.detach() / len(batches)
-            run.reducer.finish()
+        parts: dict[str, Tensor] = {}
+        for micro, batch in enumerate(batches):
+            watch.at("forward", run.step)
+            views = _to_device(batch, run)
+            if micro == len(batches) - 1:
+                run.reducer.arm()
+            with runtime.autocast(config):
+                out = method(views, s)
+            watch.at("backward", run.step)
+            loss = out["loss"] / len(batches)
+            (loss if run.scale is None else loss * run.scale.scale).backward()
+            for name, value in out.items():
+                parts[name] = parts.get(name, 0) + value.detach() / len(batches)
+        watch.at("gradients", run.step)
+        run.reducer.finish()
 
-            if run.scale is not None:
-                run.scale.unscale_(parameters)
-            norm = clip_gradients(parameters, config.optimizer.clip, config.optimizer.clip_mode)
-            ok = _verdict(parts["loss"], norm)
-            guarded_step(optimizer, ok)
-            _put_back(buffers, before, ok)
-            method.after_step(s, ok)
-            if run.scale is not None:
-                run.scale.update(ok)
-            run.refused_in_row = (run.refused_in_row + 1) * (1 - ok)
-            run.step += 1
+        watch.at("optimizer", run.step)
+        if run.scale is not None:
+            run.scale.unscale_(parameters)
+        norm = clip_gradients(parameters, config.optimizer.clip, config.optimizer.clip_mode)
+        finite = _verdict(parts["loss"], norm)
+        left_out = run.step in run.left_out
+        ok = torch.zeros_like(finite) if left_out else finite
+        guarded_step(optimizer, ok)
+        _put_back(buffers, before, ok)
+        method.after_step(s, ok)
+        if run.scale is not None:
+            run.scale.update(finite)
+        run.refused_in_row = (run.refused_in_row + 1) * (1 - finite)
+        run.step += 1
 
-            recorder.record(run.step, s, {**parts, "grad_norm": norm, "refused": run.refused_in_row})
-            for batch in batches:
-                run.bad_files.add(batch.bad, len(batch.ids))
-            stopped = signals.agreed()
-            last = run.step == end or stopped
-            if every and (run.step % every == 0 or run.step == run.plan.steps):
-                with recorder.clock_stopped():
-                    evaluations = evaluate_backbone(method.export(), run.step)  # type: ignore[misc]
-                recorder.flush(evaluations, last=last)
-            elif last or run.step % config.log_every == 0 or run.step % config.checkpoint.every == 0:
-                recorder.flush(last=last)
-            if last or run.step % config.checkpoint.every == 0:
-                with recorder.clock_stopped():
-                    recorder.sync()
-                    run.save()
-    signals.finish()
+        figures = {**parts, "grad_norm": norm, "refused": run.refused_in_row, "left_out": 1 - ok}
+        recorder.record(run.step, s, figures)
+        run.note_bad_files(batches)
+        watch.at("agree", run.step)
+        stopped = signals.agreed()
+        outcome = _look(run, recorder, watch, evaluate_backbone, last=stopped or run.step == end)
+        if outcome is not None:
+            return outcome
+    return "stopped" if stopped else "done"
 
-    run.export()
-    if run.step < run.plan.steps:
-        why = (
-            signals.received.name
-            if signals.received
-            else "another rank's signal"
-            if stopped
-            else f"stop_at={config.stop_at}"
-        )
-        raise EarlyStop(f"stopped at step {run.step} of {run.plan.steps} ({why}); go on with --resume --out {run.out}")
-    return Result(run.out, run.step, config, evaluations)
+
+def _look(
+    run: Run, recorder: Recorder, watch: Watchdog, evaluate_backbone: Evaluate | None, last: bool
+) -> Outcome | None:
+    """What happens at some steps only, when the host looks at the device: log, verdicts, evaluation, checkpoint."""
+    config, step = run.config, run.step
+    evaluates = evaluate_backbone is not None and config.eval.every is not None
+    evaluates = evaluates and (step % (config.eval.every or 1) == 0 or step == run.plan.steps)
+    saves = last or step % config.checkpoint.every == 0 or (evaluates and config.checkpoint.keep_best > 0)
+    if not (saves or evaluates or step % config.log_every == 0):
+        return None
+    figures: dict[str, float] = {}
+    if evaluates and evaluate_backbone is not None:
+        watch.at("evaluate", step)
+        with recorder.clock_stopped():
+            figures = run.evaluations = evaluate_backbone(run.method.export(), step)
+    watch.at("log", step)
+    found = recorder.flush(figures, last=last, problem=run.problem())
+    for refusal in found.refused:
+        if dist.rank() in (refusal.ranks or [0]):
+            run.keep_refused(refusal.step, refusal.parts, refusal.steps_since)
+    if found.too_many is not None:
+        raise found.too_many
+    if found.spike is not None and run.roll_back(found.spike):
+        return "rolled back"
+    if saves:
+        watch.at("checkpoint", step)
+        with recorder.clock_stopped():
+            run.save(figures, recorder.sync)
+    return None
 
 
 def _to_device(batch: Batch, run: Run) -> ViewBatch:

@@ -22,7 +22,8 @@ import json, os, signal, sys, time
 from pathlib import Path
 import torch
 from torch import nn
-from selfsup import checkpoint, dist
+from selfsup import checkpoint, dist, durable
+from selfsup.checkpoint_writer import save
 from selfsup.errors import UserError
 from selfsup.signals import StopSignals
 
@@ -197,21 +198,21 @@ cpu = torch.device("cpu")
 state = lambda step: checkpoint.State({"w": torch.full((3,), float(step))}, {}, checkpoint.rng_state(cpu), {"step": step})
 root = folder / "checkpoints"
 for step in (1, 2):
-    checkpoint.save(root, step, state(step), keep_last=2)
+    save(root, step, state(step))
 expected = torch.rand(4).tolist()
 
 messages = []
 if rank == world - 1:  # its disk is full
     def full(*args):
         raise OSError(28, "No space left on device")
-    checkpoint._save_tensors, real = full, checkpoint._save_tensors
+    durable.write, real = full, durable.write
 try:
-    checkpoint.save(root, 3, state(3), keep_last=2)
+    save(root, 3, state(3))
 except UserError as error:
     messages.append(str(error))
 if rank == world - 1:
-    checkpoint._save_tensors = real
-checkpoint.save(root, 4, state(4), keep_last=2)
+    durable.write = real
+save(root, 4, state(4))
 report(expected=expected, messages=messages)
 """
 
@@ -235,20 +236,20 @@ def test_checkpoint_by_two_ranks(tmp_path: Path) -> None:
 MAIN_FAILS = """
 state = checkpoint.State(model={"w": torch.ones(3)}, optimizer={}, rank=checkpoint.rng_state(torch.device("cpu")), trainer={})
 root = folder / "checkpoints"
-checkpoint.save(root, 1, state, keep_last=2)
+save(root, 1, state)
 messages = []
-for at in ("clean", "_commit"):
+for at in ("make_folder", "rename"):
     if rank == 0:
         def full(*args):
             raise OSError(28, "No space left on device")
-        real = getattr(checkpoint, at)
-        setattr(checkpoint, at, full)
+        real = getattr(durable, at)
+        setattr(durable, at, full)
     try:
-        checkpoint.save(root, 2, state, keep_last=2)
+        save(root, 2, state)
     except UserError as error:
         messages.append(str(error))
     if rank == 0:
-        setattr(checkpoint, at, real)
+        setattr(durable, at, real)
 report(messages=messages)
 """
 

@@ -1,5 +1,6 @@
 """A run folder: who may write into it, what a resume may change, and a config.yaml that is a recipe."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -13,35 +14,58 @@ def resolved(*overrides: str) -> Config:
     return methods.complete(runtime.resolve(load(None, ["device=cpu", "precision=fp32", "steps=100", *overrides])))
 
 
-# --------------------------------------------------------------------------------------------------------------- prepare
+# ----------------------------------------------------------------------------------------------------------------- claim
 
 
 def test_makes_the_folder(tmp_path: Path) -> None:
-    runfolder.prepare(tmp_path / "a" / "b", resume=False)
-    assert list((tmp_path / "a" / "b").iterdir()) == []
-    runfolder.prepare(tmp_path / "a" / "b", resume=False)  # an empty one, or one whose run never began, is fine
+    for _ in range(2):  # an empty one, or one whose run never began, is fine
+        with runfolder.claim(tmp_path / "a" / "b", resume=False):
+            pass
+    assert [p for p in (tmp_path / "a" / "b").iterdir() if not p.name.startswith(".lease")] == []
 
 
 def test_refuses_a_folder_with_a_run(tmp_path: Path) -> None:
     runfolder.write_config(tmp_path, resolved())
+    before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=rf"{tmp_path} already holds a run; add --resume"):
-        runfolder.prepare(tmp_path, resume=False)
-    runfolder.prepare(tmp_path, resume=True)
+        runfolder.claim(tmp_path, resume=False)
+    assert sorted(tmp_path.iterdir()) == before
+    with runfolder.claim(tmp_path, resume=True):
+        pass
+
+
+def test_refuses_a_folder_in_use(tmp_path: Path) -> None:
+    """Whether it is asked to resume or not, it says who is there, and the other one keeps it."""
+    with runfolder.claim(tmp_path, resume=False) as held:
+        runfolder.write_config(tmp_path, resolved())
+        for resume in (False, True):
+            with pytest.raises(UserError, match=rf"{tmp_path}.* in use by .*{os.getpid()}"):
+                runfolder.claim(tmp_path, resume)
+        held.check()
+
+
+def test_cleans_what_a_kill_left(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / ".tmp-step_00000005").mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".tmp-step_00000005" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".tmp-config.yaml-123").write_text("half")
+    (tmp_path / "mine.tmp").write_text("x")
+    with runfolder.claim(tmp_path, resume=True):
+        pass
+    assert {p.name for p in tmp_path.iterdir() if not p.name.startswith(".lease")} == {"checkpoints", "mine.tmp"}
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_refuses_a_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("x")
     with pytest.raises(UserError, match="is a file"):
-        runfolder.prepare(path, resume=False)
+        runfolder.claim(path, resume=False)
     with pytest.raises(UserError, match="below: cannot be written"):
-        runfolder.prepare(path / "below", resume=False)
+        runfolder.claim(path / "below", resume=False)
 
 
 def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that may not even be looked into. (Root may do everything: the system calls say what a user would see.)"""
-    import os
-
     real = os.stat
 
     def stat(path, *args, **kwargs):
@@ -51,7 +75,7 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(os, "stat", stat)
     with pytest.raises(UserError, match=r"secret.*Permission denied"):
-        runfolder.prepare(tmp_path / "secret" / "run", resume=False)
+        runfolder.claim(tmp_path / "secret" / "run", resume=False)
     with pytest.raises(UserError, match=r"secret.*Permission denied"):
         runfolder.stored_config(tmp_path / "secret" / "run")
 
@@ -59,7 +83,7 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_not_writable() -> None:
     """/proc takes no folders, whoever asks."""
     with pytest.raises(UserError, match=r"/proc/selfsup_run: cannot be written"):
-        runfolder.prepare(Path("/proc/selfsup_run"), resume=False)
+        runfolder.claim(Path("/proc/selfsup_run"), resume=False)
 
 
 # ---------------------------------------------------------------------------------------------------------- config.yaml

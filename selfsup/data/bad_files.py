@@ -36,12 +36,14 @@ class BadFileLog:
         fresh = {name: reason for name, reason in bad if name not in self._logged}
         if fresh:
             lines = [json.dumps({"file": name, "reason": reason}, ensure_ascii=False) + "\n" for name, reason in fresh.items()]
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             try:
-                os.write(handle, "".join(lines).encode("utf-8", "backslashreplace"))  # one write: ranks share the file
-            finally:
-                os.close(handle)
+                handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+                try:
+                    os.write(handle, "".join(lines).encode("utf-8", "backslashreplace"))  # one write: ranks share the file
+                finally:
+                    os.close(handle)
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be written: {error.strerror or error}") from None
             self._logged.update(fresh)
         if bad and self.count >= _AT_LEAST and self.count > self.max_fraction * self.seen:
             name, reason = bad[-1]

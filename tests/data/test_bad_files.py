@@ -13,7 +13,7 @@ def entries(path):
 
 
 def test_each_file_once_over_restarts(tmp_path):
-    path = tmp_path / "run" / "bad_files.jsonl"
+    path = tmp_path / "bad_files.jsonl"
     log = BadFileLog(path, 1.0)
     log.add([], 8)
     assert not path.exists()

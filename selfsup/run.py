@@ -1,0 +1,325 @@
+"""The parts of a run: built, described, captured into a checkpoint, and put back from one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selfsup import checkpoint, dist, methods, runtime
+from selfsup.backbones.export import export_timm
+from selfsup.batchnorm import synchronise
+from selfsup.checkpoint import Retention, State
+from selfsup.checkpoint_writer import Writer
+from selfsup.config import Config
+from selfsup.data.bad_files import BadFileLog
+from selfsup.data.loader import Batch, Loader
+from selfsup.data.sources import Source, open_source, wrap_dataset
+from selfsup.data.views import View
+from selfsup.errors import UserError
+from selfsup.health import CollapseMonitor
+from selfsup.log import Progress
+from selfsup.optim import LossScale, create_optimizer, load_state_tensors, parameter_groups, state_tensors
+from selfsup.schedules import Plan, Schedule, evaluate, optimizer_schedules, peak_learning_rate, plan
+from selfsup.spikes import SpikeDetector
+
+KEPT_AT_MOST = 3
+"""Refused batches of a run that are kept for `selfsup replay`, each with the weights."""
+
+
+@dataclass
+class Run:
+    """The parts of a run. Everything that changes during training is in `capture` and `restore`."""
+
+    config: Config
+    out: Path
+    device: torch.device
+    dtype: torch.dtype
+    source: Source
+    loader: Loader
+    method: Any
+    optimizer: torch.optim.Optimizer
+    reducer: dist.GradientReducer
+    scale: LossScale | None
+    plan: Plan
+    schedules: dict[str, Schedule]
+    head_only_steps: int
+    progress: Progress
+    monitor: CollapseMonitor
+    spikes: SpikeDetector
+    bad_files: BadFileLog
+    writer: Writer
+    step: int = 0
+    refused_in_row: Tensor = field(default_factory=lambda: torch.zeros(()))
+    left_out: set[int] = field(default_factory=set)
+    """Steps whose batches are not learned from, because of a spike."""
+    rollbacks: int = 0
+    evaluations: dict[str, float] = field(default_factory=dict)
+    """Figures of the last periodic evaluation."""
+    _problem: BaseException | None = None
+    _kept: int = 0
+
+    @classmethod
+    def create(
+        cls,
+        config: Config,
+        out: Path,
+        device: torch.device,
+        dataset: Any,
+        views: list[View] | None,
+        quiet: bool,
+    ) -> "Run":
+        """Open the data, build the method and its optimizer, and say what will be done."""
+        world, channels = dist.world(), config.backbone.in_chans
+        if config.global_batch % (config.accumulate * world):
+            raise UserError(
+                f"global_batch={config.global_batch} is not divisible by accumulate={config.accumulate} x {world} processes; "
+                f"use a multiple of {config.accumulate * world}"
+            )
+        if dataset is not None:
+            source = wrap_dataset(dataset, channels=channels, config=config.data)
+        else:
+            source = open_source(config.data.path, channels=channels, config=config.data)
+        length = plan(config, len(source))
+        method = methods.create(config)
+        dtype = torch.float64 if config.precision == "fp64" else torch.float32
+        method.to(device=device, dtype=dtype)
+        method.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs and GPUs
+        method.train()
+        _configure(method, config)
+        trainable = [(n, p) for n, p in method.named_parameters() if p.requires_grad]
+        optimizer = create_optimizer(config.optimizer, parameter_groups(trainable, config.optimizer.layer_decay))
+        loader = Loader(
+            source,
+            views or method.views(),
+            seed=config.seed,
+            global_batch=config.global_batch,
+            accumulate=config.accumulate,
+            rank=dist.rank(),
+            world=world,
+            workers=config.workers,
+            pin=device.type == "cuda",
+        )
+        head_only = config.init_from.head_only
+        retention = Retention(**config.checkpoint.model_dump(exclude={"every"}))
+        run = cls(
+            config=config,
+            out=out,
+            device=device,
+            dtype=dtype,
+            source=source,
+            loader=loader,
+            method=method,
+            optimizer=optimizer,
+            reducer=dist.GradientReducer([p for _, p in trainable]),
+            scale=LossScale().to(device) if config.precision == "fp16" else None,
+            plan=length,
+            schedules={**optimizer_schedules(config, length), **method.schedules(length)},
+            head_only_steps=length.steps_of(head_only) if head_only else 0,
+            progress=Progress(length.steps, 0, every=max(50, config.log_every), enabled=dist.is_main() and not quiet),
+            monitor=CollapseMonitor(),
+            spikes=SpikeDetector(config.spike.factor, config.spike.window),
+            bad_files=BadFileLog(out / "bad_files.jsonl", config.data.max_bad_fraction),
+            writer=Writer(out / "checkpoints", retention),
+            refused_in_row=torch.zeros((), device=device),
+        )
+        run.announce()
+        return run
+
+    def announce(self) -> None:
+        """What will be trained on what, with the figures people get wrong."""
+        c, o = self.config, self.config.optimizer
+        rule = "as given" if o.lr is not None else f"{o.base_lr:g} x {c.global_batch} / 256"
+        count = sum(p.numel() for p in self.method.parameters() if p.requires_grad) / 1e6
+        per_device = c.global_batch // (c.accumulate * dist.world())
+        note = self.progress.note
+        note(
+            f"{c.method.name} · {c.backbone.name}, {count:.2f} M parameters trained · "
+            f"{c.device}, {c.precision}, {c.threads} threads"
+        )
+        note(
+            f"data {c.data.path}: {len(self.source):,} images · "
+            f"{self.plan.steps:,} steps = {self.plan.epoch(self.plan.steps):.4g} epochs"
+        )
+        note(
+            f"global batch {c.global_batch} = {dist.world()} processes x {c.accumulate} accumulated x {per_device} · "
+            f"learning rate {peak_learning_rate(c):.3g} ({rule})"
+        )
+        if self.method.batch_statistics and c.accumulate > 1:
+            note(
+                f"batch norm sees {per_device} images at a time: accumulate={c.accumulate} is not equal to one large batch"
+            )
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    def capture(self) -> State:
+        """Everything a resume needs."""
+        trainer: dict[str, Any] = {
+            "step": self.step,
+            "steps": self.plan.steps,
+            "samples": self.step * self.config.global_batch,
+            "data": self.source.fingerprint(),
+            "runtime": runtime.fingerprint(),
+            "health": self.monitor.state(),
+            "losses": self.spikes.state(),
+            "left_out": sorted(self.left_out),
+            "rollbacks": self.rollbacks,
+            "refused_in_row": int(self.refused_in_row.item()),
+        }
+        model = dict(self.method.state_dict())
+        if self.scale is not None:
+            model.update({f"loss_scale.{k}": v for k, v in self.scale.state_dict().items()})
+        return State(model, state_tensors(self.optimizer), checkpoint.rng_state(self.device), trainer)
+
+    def resume(self) -> bool:
+        """Continue from the newest valid checkpoint; without one say that it starts from the beginning: False."""
+        folder = self._newest()
+        if folder is None:
+            self.progress.note(f"nothing to resume in {self.out}: starting at step 0")
+            return False
+        state = checkpoint.load(folder, dist.rank())
+        if state.trainer["data"] != self.source.fingerprint():
+            raise UserError(
+                f"data.path={self.config.data.path}: its list of images is not the one this run was trained on; "
+                "restore the files, or start a new run with --out"
+            )
+        then, now = state.trainer["runtime"], runtime.fingerprint()
+        different = [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]
+        if different:
+            self.progress.note(f"resuming, but not bitwise: {', '.join(different)}")
+        self._restore(state, folder)
+        self.left_out = set(state.trainer.get("left_out", ()))
+        self.rollbacks = state.trainer.get("rollbacks", 0)
+        self.progress.start = self.step
+        self.progress.note(f"resuming at step {self.step} from {folder}")
+        return True
+
+    def roll_back(self, spike: int) -> bool:
+        """Go back to the newest checkpoint and leave out the batches around the loss of step `spike` (1 is the first).
+
+        False, with an announcement, if there is none yet. Raises UserError when it happened too often.
+        """
+        self.writer.wait()
+        options = self.config.spike
+        what = f"step {spike}: the loss spiked (above {options.factor:g} x the median of the steps before)"
+        if self.rollbacks >= options.max_rollbacks:
+            raise UserError(
+                f"{what} after {self.rollbacks} rollbacks (spike.max_rollbacks); lower the learning rate and --resume is "
+                f"refused: start a new run from this one with init_from={self.out}"
+            )
+        folder = self._newest()
+        if folder is None:
+            self.progress.note(f"{what}, and there is no checkpoint yet to go back to")
+            return False
+        self._restore(checkpoint.load(folder, dist.rank()), folder)
+        self.left_out |= set(range(spike - options.skip, spike))
+        self.rollbacks += 1
+        self.progress.note(f"{what}; back to step {self.step}, leaving out {options.skip} batch(es)")
+        return True
+
+    def _newest(self) -> Path | None:
+        root = self.out / "checkpoints"
+        chosen, problems = checkpoint.newest_valid(root) if dist.is_main() else (None, [])
+        step = dist.agree(-1 if chosen is None else checkpoint.step_of(chosen))  # rank 0 decides
+        for problem in problems:
+            self.progress.note(f"passing over a damaged checkpoint: {problem}")
+        return None if step < 0 else checkpoint.folder_of(root, step)
+
+    def _restore(self, state: State, folder: Path) -> None:
+        scale = {k.removeprefix("loss_scale."): v for k, v in state.model.items() if k.startswith("loss_scale.")}
+        try:
+            self.method.load_state_dict({k: v for k, v in state.model.items() if not k.startswith("loss_scale.")})
+            load_state_tensors(self.optimizer, state.optimizer)
+        except (RuntimeError, KeyError) as error:
+            first = str(error).strip().splitlines()
+            raise UserError(f"{folder}: does not fit this configuration: {' '.join(first[:2])[:300]}") from None
+        if self.scale is not None and scale:
+            self.scale.load_state_dict(scale)
+        checkpoint.set_rng_state(state.rank, self.device)
+        self.monitor.restore(state.trainer["health"])
+        self.spikes.restore(state.trainer.get("losses", ()))
+        self.refused_in_row.fill_(state.trainer["refused_in_row"])
+        self.step = int(state.trainer["step"])
+
+    def save(self, figures: dict[str, float], may_commit: Callable[[], None]) -> None:
+        """Begin a checkpoint of this step, by all ranks; figures: of an evaluation at this step."""
+        self.writer.save(self.step, self.capture(), figures, may_commit)
+
+    def note_bad_files(self, batches: list[Batch]) -> None:
+        """Count and list images that could not be read; too many are a problem that `problem` tells later."""
+        for batch in batches:
+            try:
+                self.bad_files.add(batch.bad, len(batch.ids))
+            except UserError as error:
+                self._problem = self._problem or error
+
+    def problem(self) -> BaseException | None:
+        """What must stop the run, found on this rank since the last look: a save that failed, too many bad images."""
+        return self._problem or self.writer.failed()
+
+    def keep_refused(self, step: int, parts: dict[str, float], steps_since: int) -> None:
+        """What `selfsup replay` needs of refused step `step` (1 is the first), under RUN/refused."""
+        if self._kept >= KEPT_AT_MOST:
+            return
+        from selfsup import replay  # pictures and all: seldom needed
+
+        self._kept += 1
+        index = step - 1
+        batches = [self.loader.make(index, micro) for micro in range(self.config.accumulate)]
+        names = [self.source.name(i) for batch in batches for i in batch.ids.tolist()]
+        folder = replay.keep(
+            self.out / "refused",
+            step=step,
+            rank=dist.rank(),
+            batches=batches,
+            method=self.method,
+            s=evaluate(self.schedules, index),
+            config=self.config,
+            names=names,
+            parts=parts,
+            steps_since=steps_since,
+            limit=KEPT_AT_MOST,
+        )
+        if folder is not None:
+            self.progress.note(f"step {step}: its batch is kept; selfsup replay {folder}")
+
+    def out_of_memory(self, error: BaseException) -> UserError:
+        """What was asked of the memory, and what to lower."""
+        c = self.config
+        images = c.global_batch // (c.accumulate * dist.world())
+        views = " + ".join(f"{v.count} x {v.size}" for v in (c.views.global_, c.views.local) if v.count)
+        peak = ""
+        if self.device.type == "cuda":
+            used, total = torch.cuda.max_memory_reserved(self.device), torch.cuda.mem_get_info(self.device)[1]
+            peak = f", {used / 2**30:.1f} of {total / 2**30:.1f} GiB reserved on {self.device}"
+        lower = [f"accumulate={c.accumulate * 2} (smaller pieces, the same batch)"] if images > 1 else []
+        lower += [] if c.grad_checkpointing else ["grad_checkpointing=true"]
+        return UserError(
+            f"out of memory in step {self.step + 1} on rank {dist.rank()}: {images} images at a time "
+            f"(global_batch={c.global_batch}, accumulate={c.accumulate}, {dist.world()} processes), views of {views} pixels, "
+            f"{c.precision}{peak}: {' '.join(str(error).split())[:160]}\n"
+            f"try {', '.join([*lower, 'fewer or smaller views', 'a smaller backbone'])}"
+        )
+
+    def export(self) -> None:
+        """RUN/backbone."""
+        error: UserError | None = None
+        if dist.is_main():
+            try:
+                export_timm(self.method.export(), self.out / "backbone")
+            except UserError as cause:
+                error = cause
+        dist.raise_together(error, "exporting the backbone")
+
+
+def _configure(method: nn.Module, config: Config) -> None:
+    """Options that change how a method computes, not what."""
+    if dist.world() > 1:
+        synchronise(method)
+    for backbone in method.backbones().values():  # type: ignore[operator]
+        if config.grad_checkpointing and any(p.requires_grad for p in backbone.parameters()):
+            backbone.set_grad_checkpointing(True)
+        if config.compile:
+            backbone.compile(dynamic=False)

@@ -1,0 +1,56 @@
+"""How a run stands, from its folder alone: step, who trains in it, whether its checkpoints are whole."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from selfsup import checkpoint
+from selfsup.checkpoint import InvalidCheckpoint
+from selfsup.errors import UserError
+from selfsup.lease import holder
+from selfsup.log import last_step
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One checkpoint after all its digests were computed."""
+
+    folder: Path
+    nbytes: int
+    problem: str | None
+    """What is wrong with it; None: it is whole."""
+
+
+def _root(run: Path) -> Path:
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is no run folder: it has no config.yaml")
+    return run / "checkpoints"
+
+
+def verify(run: Path) -> list[Checked]:
+    """Every checkpoint of a run, oldest first. Raises UserError if `run` is no run folder."""
+    found = []
+    for _, folder in checkpoint.steps(_root(run)):
+        nbytes = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
+        try:
+            checkpoint.verify(folder)
+            found.append(Checked(folder, nbytes, None))
+        except InvalidCheckpoint as error:
+            found.append(Checked(folder, nbytes, str(error)))
+    return found
+
+
+def describe(run: Path) -> str:
+    """One line: state, step, newest checkpoint, and who holds the folder."""
+    folders = checkpoint.steps(_root(run))
+    step = last_step(run / "metrics.jsonl")
+    total = None
+    if folders:
+        try:
+            total = json.loads((folders[-1][1] / "trainer.json").read_text()).get("steps")
+        except (OSError, ValueError, AttributeError):
+            total = None  # `verify` says what is wrong with it
+    who = holder(run)
+    state = f"running, {who}" if who else "completed" if total == step else "stopped"
+    newest = f"newest checkpoint {folders[-1][1].name}" if folders else "no checkpoint"
+    return f"{run}: {state}; step {step}{f' of {total}' if total else ''}; {newest}"
