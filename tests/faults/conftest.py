@@ -4,8 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.lab import Lab
-from tests.faults.zygote import Zygote
+pytest.register_assert_rewrite("tests.faults.lab")
+
+from tests.faults.lab import Lab  # noqa: E402
+from tests.faults.zygote import Zygote  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """One of two ranks is killed, stopped, hangs, or computes a NaN."""
 
+import json
 import os
 import re
 import signal
@@ -38,13 +39,22 @@ def test_killed_rank_is_named(lab: Lab, tmp_path: Path, cases: Cases, victim: in
             lab.resumed_is_same(out, world=2)
 
 
+def published(run: Path, rank: int) -> int:
+    """The step that a rank was in when it last wrote down that it lives."""
+    try:
+        return int(json.loads((run / "ranks" / f"rank_{rank:05d}.json").read_text())["step"])
+    except (OSError, ValueError):
+        return 0
+
+
 @pytest.mark.faults("rank_hangs")
 @pytest.mark.parametrize("victim", [0, 1])
 def test_stopped_rank_is_reported(lab: Lab, tmp_path: Path, victim: int) -> None:
     """SIGSTOP: it can say nothing itself; the other says who, where, in what state and phase."""
     out = tmp_path / "run"
-    ranks = lab.ranks(out, f"hang_timeout={TIMEOUT}", fault=BOTH)
-    ranks[0].wait_for(lambda: steps_logged(out) >= 6)
+    slow = ("slow", {"seconds": 0.08})
+    ranks = lab.ranks(out, f"hang_timeout={TIMEOUT}", fault={0: slow, 1: slow})
+    ranks[0].wait_for(lambda: published(out, victim) >= 6)
     ranks[victim].send(signal.SIGSTOP)
     began = time.monotonic()
     ended(ranks[1 - victim], 1, timeout=60)
