@@ -24,10 +24,12 @@ from selfsup.config import Config
 from selfsup.data import photometric
 from selfsup.data.loader import Loader
 from selfsup.data.sources import Source, open_source
+from selfsup.log import read_metrics
 from selfsup.methods.contract import ViewBatch
 from selfsup.methods.dino import DINO
 from selfsup.refused import keep, kept, read
 from selfsup.replay import replay, run
+from selfsup.train import train
 from tests.methods.tiny import METHOD_OPTIONS, tiny_config, write_images
 
 STEP = 6
@@ -58,6 +60,13 @@ class GradientIsNaN(DINO):
         features = self.student.backbone.model.norm(self.student.backbone.model.cls_token)
         out["loss"] = out["loss"] + ((features - features.detach()) ** 2).sum().sqrt()
         return out
+
+
+class Stumbles(GradientIsNaN):
+    """At its fifth step alone."""
+
+    def forward(self, batch, s):  # type: ignore[no-untyped-def]
+        return super().forward(batch, s) if batch.step == 4 else DINO.forward(self, batch, s)
 
 
 class NormOverflows(DINO):
@@ -150,6 +159,20 @@ def test_the_same_step_is_computed(images: Path, tmp_path: Path, precision: str)
     assert attempt["loss"] == sum(expected) / 2
     assert expected != [made.loss(m, step=STEP + 1) for m in range(2)]
     assert replay(folder) == report
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_from_a_run(images: Path, tmp_path: Path, precision: str) -> None:
+    """What training kept of a step whose gradients were not finite: its loss, which was, comes out bit for bit."""
+    options = ("accumulate=2", "backbone.drop_path_rate=0.5", f"precision={precision}", "log_every=1")
+    train(Made(images, *options, kind=Stumbles).config, out=tmp_path / "run", quiet=True)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "refused_in_row" in line] == [5]
+    (folder,) = kept(tmp_path / "run" / "refused")
+    report = replay(folder)
+    assert report["step"] == 5 and report["steps_since"] == 0 and folder.name == "step_00000005_rank_00000"
+    assert report["attempts"][0]["loss"] == lines[4]["loss"] and np.isfinite(lines[4]["loss"])
+    assert report["attempts"][0]["backward"]["module"] == "student.backbone.model.norm"
 
 
 def test_finite_in_replay(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
