@@ -89,6 +89,21 @@ def kill_at(name: str, before: int, when: str) -> None:
     _wrap(around)
 
 
+def fail_at(name: str, before: int, code: int) -> None:
+    """A call fails with this errno; what is written before half of it is done."""
+
+    def around(found: str, number: int, real: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        if (found, number) != (name, before):
+            return real(*arguments)
+        if name.startswith("write "):
+            path, chunks = arguments
+            content = b"".join(bytes(chunk) for chunk in chunks)
+            real(path, [content[: len(content) // 2]])
+        raise OSError(code, os.strerror(code), str(arguments[0]))
+
+    _wrap(around)
+
+
 def slow_disk(seconds: float, match: str, mark: str) -> None:
     """Calls whose name matches take this much longer; `mark` is a file that is there from the first of them on."""
 

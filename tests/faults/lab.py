@@ -125,7 +125,7 @@ def same_weights(run: Path, other: Path) -> None:
     assert ours.keys() == theirs.keys()
     assert [k for k in ours if ours[k] != theirs[k]] == []
     assert checkpoints(run)[-1] == STEPS
-    left = [str(p.relative_to(run)) for p in run.rglob("*") if p.name.startswith(".tmp") or p.name.endswith(".tmp")]
+    left = [str(p.relative_to(run)) for p in run.rglob("*") if "tmp" in p.name]
     assert left == [], f"left behind: {left}"
     assert not (run / "lease.json").exists(), "the lease was not given back"
 

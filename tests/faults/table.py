@@ -56,7 +56,7 @@ ROWS = {
         "replaced or converted, listed in `bad_files.jsonl`; same log, same weights for any number of workers",
     ),
     "full": (
-        "disk full (a small tmpfs, RLIMIT_FSIZE) during a save",
+        "disk full during a save (a small tmpfs, RLIMIT_FSIZE); an I/O error in any of its operations",
         "exit 2 naming what is needed, earlier checkpoints valid, log whole; resumed with room: the same",
     ),
     "folder": (

@@ -1,5 +1,6 @@
 """A disk that is full, a run folder that is removed, made read-only, or used by two."""
 
+import errno
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from selfsup import checkpoint
 from tests.faults import lab as checks
 from tests.faults.lab import Lab, checkpoints, ended, log, nobody_left, same, steps_logged, told
 from tests.faults.table import Cases
@@ -106,6 +108,47 @@ def test_file_size_limit(lab: Lab, tmp_path: Path, cases: Cases) -> None:
             assert checkpoints(out)[-1] == 7
             assert log(out)[: len(before)] == before
             lab.resumed_is_same(out)
+
+
+FAILING = {
+    "write .tmp-config.yaml": 0,
+    "make_folder checkpoints/.tmp-step_00000015": 10,
+    "write checkpoints/.tmp-step_00000015/optimizer.safetensors": 10,
+    "fsync checkpoints/.tmp-step_00000015/model.safetensors": 10,
+    "fsync checkpoints/.tmp-step_00000015": 10,
+    "rename checkpoints/.tmp-step_00000015 checkpoints/step_00000015": 10,
+    "rename checkpoints/step_00000005 checkpoints/.tmp-pruned-step_00000005": 15,
+    "remove checkpoints/.tmp-pruned-step_00000005": 15,
+    "write checkpoints/.tmp-step_00000024/trainer.json": 20,
+}
+"""A call that fails -> the newest checkpoint that is valid then."""
+
+
+@pytest.mark.faults("full")
+def test_failing_disk(lab: Lab, tmp_path: Path, cases: Cases) -> None:
+    """ENOSPC half way through a write, EIO in another operation, at the start, in a save in the middle and in the last."""
+    for i, (name, newest) in enumerate(FAILING.items()):
+        with cases(name):
+            code = errno.ENOSPC if name.startswith(("write", "make_folder")) else errno.EIO
+            out = tmp_path / str(i)
+            process = lab.run(out, fault=("fail_at", {"name": name, "before": 0, "code": code}), status=2)
+            told(process, "cannot be written", os.strerror(code))
+            assert max((step for step, _ in checkpoint.steps(out / "checkpoints")), default=0) == newest
+            if newest:
+                checkpoint.verify(checkpoint.folder_of(out / "checkpoints", newest))
+            lab.resumed_is_same(out)
+
+
+@pytest.mark.faults("full")
+def test_failing_disk_of_one_of_two_ranks(lab: Lab, tmp_path: Path) -> None:
+    """The rank that does not commit: both exit 2, one with the reason, and neither waits for the other."""
+    out = tmp_path / "run"
+    name = "write checkpoints/.tmp-step_00000015/rank_00001.safetensors"
+    ranks = lab.ranks(out, fault={1: ("fail_at", {"name": name, "before": 0, "code": errno.ENOSPC})})
+    told(ranks[1], "step_00000015: cannot be written", timeout=20)
+    told(ranks[0], "another rank", timeout=20)
+    assert checkpoints(out) == [5, 10]
+    lab.resumed_is_same(out, world=2)
 
 
 @pytest.mark.faults("folder")

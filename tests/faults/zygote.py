@@ -163,6 +163,8 @@ class Zygote:
             stem = self.folder / f"{number:04d}"
             process = Process([str(a) for a in arguments], stem.with_suffix(".out"), stem.with_suffix(".err"))
             self.processes[number] = process
+            process.out.touch()
+            process.err.touch()
             command = {
                 "number": number,
                 "arguments": process.arguments,
