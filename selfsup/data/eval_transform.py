@@ -1,19 +1,20 @@
 """Images for evaluation: the shorter side to a size, the centre, normalised; in order, nothing random."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from selfsup.data.base import Source
 from selfsup.data.batch import pixel_size
 from selfsup.data.decode import BadImage, Pixels
-from selfsup.data.loader import worker_options
 from selfsup.data.views import RESAMPLE, resized_array
+from selfsup.data.workers import items
 from selfsup.errors import UserError
 
 
@@ -74,13 +75,14 @@ def eval_batches(
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(-1, 1, 1)
     if len(scale) != source.channels:
         raise UserError(f"data.mean and data.std need {source.channels} values; seen {len(scale)}")
-    for pixels, labels, ids, bad in DataLoader(images, **worker_options(workers)):
-        for name, reason in bad:
-            if on_bad is None:
-                raise UserError(f"data: {name} cannot be read: {reason}")
-            on_bad(name, reason)
-        if len(ids):
-            yield torch.addcmul(shift, pixels.permute(0, 3, 1, 2).to(torch.float32), scale).contiguous(), labels, ids
+    with closing(items(images, 0, len(images), workers=workers)) as made:
+        for pixels, labels, ids, bad in made:
+            for name, reason in bad:
+                if on_bad is None:
+                    raise UserError(f"data: {name} cannot be read: {reason}")
+                on_bad(name, reason)
+            if len(ids):
+                yield torch.addcmul(shift, pixels.permute(0, 3, 1, 2).to(torch.float32), scale).contiguous(), labels, ids
 
 
 class _Chunks(Dataset[Any]):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from selfsup.config import Crops, ViewsConfig
 from selfsup.data.decode import BadImage
-from selfsup.data.loader import Batch, Loader, WorkerDied
+from selfsup.data.loader import Batch, Loader
 from selfsup.data.sources import Source, open_source, wrap_dataset
 from selfsup.data.views import ViewParams, crop, multicrop, sample_params
 from selfsup.errors import UserError
@@ -260,18 +260,9 @@ class Telling(torch.utils.data.Dataset):
     def __getitem__(self, i):
         if torch.utils.data.get_worker_info() is not None:
             (self.folder / str(os.getpid())).touch()
-            if self.action == "die":
-                os.kill(os.getpid(), signal.SIGKILL)
             if self.action == "raise":
                 raise KeyError("a defect of the data set")
         return Image.new("L", (28, 28), i)
-
-
-def test_a_dead_worker_is_an_error_and_no_hang(tmp_path):
-    began = time.monotonic()
-    with pytest.raises(WorkerDied, match=r"(?s)worker .*(killed|exited).*out of memory.*workers="):
-        steps(wrap_dataset(Telling(tmp_path, "die"), channels=1), 0, 3, workers=2)
-    assert time.monotonic() - began < 30
 
 
 def test_a_defect_in_a_worker_shows_its_traceback(tmp_path):
@@ -295,9 +286,6 @@ def test_workers_ignore_a_schedulers_signals_and_end_with_the_stream(tmp_path):
     stream = Loader(wrap_dataset(Telling(tmp_path), channels=1), VIEWS, seed=0, global_batch=8, workers=2).stream(0, 200)
     next(stream)
     stream.close()  # stopped early
-    deadline = time.monotonic() + 20
-    while any(alive(int(p.name)) for p in tmp_path.iterdir()) and time.monotonic() < deadline:
-        time.sleep(0.1)
     assert not any(alive(int(p.name)) for p in tmp_path.iterdir())
 
 
