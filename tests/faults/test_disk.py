@@ -215,7 +215,7 @@ def test_second_launch_is_refused(lab: Lab, tmp_path: Path, resume: bool) -> Non
     second = lab.run(out, resume=resume, status=2, timeout=20)
     assert time.monotonic() - began < 3
     told(second, rf"\b{first.pid}\b", "in use")
-    assert first.poll() is None, "the first had ended: nothing was tested"
+    assert first.status is None, "the first had ended: nothing was tested"
     ended(first, 0)
     same(out, lab.undisturbed())
 
@@ -251,7 +251,7 @@ def wait_for_one(started: list[checks.Process]) -> checks.Process:
     """The one that still runs when the others have ended."""
     deadline = time.monotonic() + 20
     while True:
-        running = [p for p in started if p.poll() is None]
+        running = [p for p in started if p.status is None]
         assert running and time.monotonic() < deadline, [p.stderr() for p in started]
         if len(running) == 1:
             return running[0]

@@ -64,7 +64,7 @@ def test_stopped_rank_is_reported(lab: Lab, tmp_path: Path, victim: int) -> None
     for pattern in (rf"rank {victim}\b", re.escape(socket.gethostname()), "stopped", r"step \d+"):
         assert re.search(pattern, line), f"{pattern!r} is not in {line!r} of:\n{said}"
     assert re.search("data|forward|backward|gradients|optimizer|log|agree|checkpoint", line), line
-    assert ranks[victim].poll() is None
+    assert ranks[victim].status is None
     ranks[victim].kill()  # what a scheduler does next
     ranks[victim].wait()
     log(out)

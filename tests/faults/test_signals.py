@@ -102,7 +102,7 @@ def test_signals_all_the_way_to_the_end(lab: Lab, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = lab.start(out, "workers=2", fault=SLOW)
     process.wait_for(lambda: steps_logged(out) >= 3)
-    while process.poll() is None:
+    while process.status is None:
         process.send(signal.SIGTERM)
         time.sleep(0.001)
     stopped_well(process, out)
@@ -120,7 +120,7 @@ def test_third_interrupt_ends_at_once(lab: Lab, tmp_path: Path) -> None:
     process.wait_for(mark.exists)
     process.send(signal.SIGINT)
     time.sleep(0.3)
-    assert process.poll() is None
+    assert process.status is None
     process.send(signal.SIGINT)
     ended(process, 130, timeout=2)
     nobody_left(process)

@@ -27,7 +27,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +52,7 @@ Fault = tuple[str, Mapping[str, Any]]
 
 
 class Process:
-    """One run. Statuses are those of subprocess: the exit code, or minus the number of the signal that ended it."""
+    """One run. `status` is None while it runs, then as in subprocess: exit code, or minus the signal."""
 
     def __init__(self, arguments: Sequence[str], out: Path, err: Path) -> None:
         self.arguments, self.out, self.err = list(arguments), out, err
@@ -73,10 +72,6 @@ class Process:
     def kill(self) -> None:
         """SIGKILL to this process; its loader workers are left to notice."""
         self.send(signal.SIGKILL)
-
-    def poll(self) -> int | None:
-        """The status, or None while it runs."""
-        return self.status
 
     def ends_within(self, seconds: float) -> bool:
         """Whether it has ended after so many seconds at most."""
@@ -143,9 +138,7 @@ class Zygote:
     def __enter__(self) -> "Zygote":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def start(
@@ -306,19 +299,16 @@ def _become(command: Mapping[str, Any]) -> None:
         os.dup2(opened, fd)
         os.close(opened)
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        ours = {
-            signal.SIGINT: signal.default_int_handler,
-            signal.SIGPIPE: signal.SIG_IGN,
-            signal.SIGXFSZ: signal.SIG_IGN,
-        }
+        ignored = number in (signal.SIGPIPE, signal.SIGXFSZ)  # as Python does
         with contextlib.suppress(OSError, ValueError):  # real-time signals that the C library keeps to itself
-            signal.signal(number, ours.get(number, signal.SIG_DFL))
+            signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.environ.update(command["env"])
     os.chdir(command["cwd"])
     sys.argv = ["selfsup", *command["arguments"]]
     random.seed()
-    sys.modules["numpy"].random.seed()  # type: ignore[attr-defined]
+    sys.modules["numpy"].random.seed()
 
 
 def main() -> None:
