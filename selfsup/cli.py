@@ -64,6 +64,7 @@ def train(
     out = out or _default_folder(recipe, resume)
     from selfsup.train import train as trainer
 
+    _hold_signals()
     result = trainer(config, out=out, resume=resume, evaluate=_periodic(config, out))
     from selfsup import dist
 
@@ -212,7 +213,6 @@ def main() -> None:
     try:
         code = app(standalone_mode=False) or 0
     except EarlyStop as stop:
-        _ignore_stop_signals()
         print(stop, file=sys.stderr)
         code = 75
     except UserError as error:
@@ -237,14 +237,11 @@ def main() -> None:
     _leave(code)
 
 
-def _ignore_stop_signals() -> None:
-    """Everything is saved: a scheduler that asks again must not turn 75 into a death by signal."""
-    import signal
+def _hold_signals() -> None:
+    """Stop signals are a flag from here on: before training begins it waits for them, after it they change nothing."""
+    from selfsup.signals import StopSignals
 
-    from selfsup.signals import STOP_SIGNALS
-
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    StopSignals().__enter__()
 
 
 def _leave(code: int) -> None:
@@ -256,6 +253,13 @@ def _leave(code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # interpreter shutdown can abort with collectives' threads alive
+    if "selfsup.signals" in sys.modules:
+        import signal
+
+        from selfsup.signals import STOP_SIGNALS
+
+        for number in STOP_SIGNALS:  # the interpreter's end would put the deadly defaults back
+            signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 
 

@@ -30,6 +30,8 @@ class Refusal:
     step: int
     ranks: list[int]
     """Those whose own loss was not finite; empty if only gradients were not."""
+    in_row: int
+    """How many were refused in a row, with it."""
     steps_since: int
     """Steps taken between it and the newest."""
     parts: dict[str, float]
@@ -104,7 +106,8 @@ class Recorder:
             if "refused_in_row" in record:
                 own = ranks[:, i, names.index("loss")]
                 parts = {k: v for k, v in record.items() if isinstance(v, float)}
-                found.refused.append(Refusal(step, (~own.isfinite()).nonzero().flatten().tolist(), 0, parts))
+                culprits = (~own.isfinite()).nonzero().flatten().tolist()
+                found.refused.append(Refusal(step, culprits, record["refused_in_row"], 0, parts))
             elif "left_out" not in record:
                 for refusal in found.refused:
                     refusal.steps_since += 1

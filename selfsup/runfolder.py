@@ -9,7 +9,6 @@ import yaml
 from selfsup import checkpoint, durable
 from selfsup import config as configuration
 from selfsup.config import Config
-from selfsup.durable import TEMPORARY
 from selfsup.errors import UserError
 from selfsup.lease import Lease, holder
 
@@ -36,9 +35,6 @@ def claim(out: Path, resume: bool) -> Lease:
         if out.exists() and not out.is_dir():
             raise UserError(f"--out {out} is a file; name a folder")
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / f"{TEMPORARY}probe"
-        probe.touch()
-        probe.unlink()
         lease = Lease.acquire(out, say=lambda text: print(text, file=sys.stderr, flush=True))
         checkpoint.clean(out)
         checkpoint.clean(out / "checkpoints")

@@ -17,6 +17,9 @@ STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 class StopSignals:
     """Context manager that turns stop signals into a flag; a third SIGINT kills at once.
 
+    Inside another one it begins with what that one received: the command line holds one from its start to its end, so
+    that no signal between two parts of a run is lost or deadly.
+
     The agreement of the ranks is exchanged over the host-side group and read one step later, so that no step waits.
     """
 
@@ -29,7 +32,10 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
-                self._before[number] = signal.signal(number, self._on_signal)
+                before = self._before[number] = signal.signal(number, self._on_signal)
+                outer = getattr(before, "__self__", None)
+                if isinstance(outer, StopSignals):
+                    self.received = self.received or outer.received
         return self
 
     def __exit__(

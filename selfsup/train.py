@@ -199,6 +199,7 @@ def _loop(
         _put_back(buffers, before, ok)
         method.after_step(s, ok)
         if run.scale is not None:
+            parts["loss_scale"] = run.scale.scale.clone()
             run.scale.update(finite)
         run.refused_in_row = (run.refused_in_row + 1) * (1 - finite)
         run.step += 1
@@ -232,7 +233,8 @@ def _look(
     watch.at("log", step)
     found = recorder.flush(figures, last=last, problem=run.problem())
     for refusal in found.refused:
-        if dist.rank() in (refusal.ranks or [0]):
+        scale_too_large = run.scale is not None and refusal.in_row == 1  # routine in fp16: the scale is halved
+        if dist.rank() in (refusal.ranks or [0]) and not scale_too_large:
             run.keep_refused(refusal.step, refusal.parts, refusal.steps_since)
     if found.too_many is not None:
         raise found.too_many

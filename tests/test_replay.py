@@ -27,8 +27,8 @@ from selfsup.data.sources import Source, open_source
 from selfsup.log import read_metrics
 from selfsup.methods.contract import ViewBatch
 from selfsup.methods.dino import DINO
-from selfsup.refused import keep, kept, read
 from selfsup.replay import replay, run
+from selfsup.replay.refused import keep, kept, read
 from selfsup.train import train
 from tests.methods.tiny import METHOD_OPTIONS, tiny_config, write_images
 
@@ -342,7 +342,7 @@ def contains(picture: np.ndarray, part: np.ndarray) -> bool:
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 32), (4, 224), (3, 8)])
 def test_picture_of_any_channels_and_sizes(tmp_path: Path, channels: int, size: int) -> None:
-    from selfsup.contact_sheet import MOST, displayed, draw, save
+    from selfsup.replay.contact_sheet import MOST, displayed, draw, save
 
     crops = torch.randn(2, 80, channels, size, size)[:, :MOST]
     crops[0, 0] = torch.nan

@@ -43,6 +43,16 @@ def test_handlers_are_put_back() -> None:
         signal.signal(signal.SIGUSR2, ignored)
 
 
+def test_nested_ones_lose_nothing() -> None:
+    """What came before training began stops it; what comes after it ended is noted and kills nobody."""
+    with StopSignals() as outer:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with StopSignals() as inner:
+            assert inner.received is signal.SIGTERM and inner.agreed()
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert outer.received is signal.SIGUSR2
+
+
 def test_works_outside_the_main_thread() -> None:
     """Python lets only the main thread set handlers: a run in another thread trains without them."""
     found = []

@@ -16,23 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selfsup import contact_sheet, methods, replay_report, runtime
+from selfsup import methods, runtime
 from selfsup.config import Config
 from selfsup.data import photometric
 from selfsup.data.views import resolutions
 from selfsup.errors import UserError
 from selfsup.methods.contract import ViewBatch
 from selfsup.optim import clip_gradients
-from selfsup.refused import Refused, keep, kept, read
-
-__all__ = ["keep", "replay", "run"]
+from selfsup.replay import contact_sheet
+from selfsup.replay.refused import Refused, kept, read
+from selfsup.replay.report import lines
 
 _SHOWN_PARAMETERS = 5
 
 
 def run(folder: Path) -> None:
     """`selfsup replay FOLDER`: replay, and print what was found."""
-    print("\n".join(replay_report.lines(replay(folder))))
+    print("\n".join(lines(replay(folder))))
 
 
 def replay(folder: Path, out: Path | None = None) -> dict[str, Any]:
