@@ -49,20 +49,22 @@ def items(
     due = first
     deaths: list[int] = []
     while due < end:
-        crew = _Crew(dataset, range(due, end), workers, prefetch, pin)
-        died: _WorkerDied | None = None
+        crew: _Crew | None = None
+        died = ""
         try:
-            while due < end and died is None:
+            while due < end and not died:
                 try:
+                    crew = crew or _Crew(dataset, range(due, end), workers, prefetch, pin)
                     item = crew.next()
                 except _WorkerDied as error:
-                    died = error
+                    died = str(error)  # not its traceback: frames hold files and sockets, which new workers would inherit
                 else:
                     due += 1
                     yield item.opened() if isinstance(item, _Failure) else item
         finally:
-            crew.close(kill=died is not None)
-        if died is not None:
+            if crew is not None:
+                crew.close(kill=bool(died))
+        if died:
             deaths = [*deaths, due] if deaths and due - deaths[-1] < APART else [due]
             advice = f"Is memory short, or /dev/shm full? Fewer workers than workers={workers}, or a smaller batch, need less"
             if len(deaths) == DEATHS:
@@ -101,6 +103,8 @@ class _Crew:
                 self._iterator = iter(loader)
         except OSError as error:  # fork, or pipes
             raise UserError(f"workers={workers}: cannot be started: {error.strerror or error}; give fewer") from None
+        except RuntimeError as error:  # torch's SIGCHLD handler: one ended already
+            raise _WorkerDied(str(error).strip().rstrip(".")) from None
         self._processes = self._iterator._workers  # type: ignore[attr-defined]
         # torch's SIGCHLD handler, installed here or by another loader, would raise in the middle of a step
         _utils.signal_handling._remove_worker_pids(id(self._iterator))
@@ -251,8 +255,15 @@ def _context() -> str | None:
     return "fork" if sys.platform == "linux" and "fork" in multiprocessing.get_all_start_methods() else None
 
 
+def _unless_broken_off(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """A transfer that the trainer broke off, because another worker was killed, is nothing to show a traceback of."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
+
+
 def _start_worker(worker: int) -> None:
     """Signals are the trainer's business: a scheduler sends them to every process."""
+    sys.excepthook = _unless_broken_off
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
