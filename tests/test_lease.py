@@ -307,7 +307,7 @@ def test_eight_at_once_and_one_wins(tmp_path: Path, other: Callable, case: str) 
         move_elsewhere(tmp_path)
     if case.endswith("no flock"):
         assert all(c.ask("no_flock") == "fine" for c in contenders)
-    rounds = {"no lease": 25, "dead here": 25, "silent elsewhere": 6, "dead here, no flock": 2}[case]
+    rounds = {"no lease": 15, "dead here": 15, "silent elsewhere": 6, "dead here, no flock": 2}[case]
     for n in range(rounds):
         run = tmp_path / f"round_{n}"
         run.mkdir()

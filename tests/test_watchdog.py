@@ -140,7 +140,9 @@ def test_early_stop_is_no_failure_and_forks_are_left_alone(launch: Callable) -> 
     body = """
     if os.fork() == 0:
         raise SystemExit(3)  # a forked child leaves the block: this is not its watch
-    os.wait()
+    assert os.wait()[1] >> 8 == 3
+    assert (folder / "ranks/rank_00000.stack.txt").exists()
+    assert '"running"' in (folder / "ranks/rank_00000.json").read_text()
     train(3)
     raise EarlyStop("enough")
     """
@@ -152,14 +154,16 @@ def test_early_stop_is_no_failure_and_forks_are_left_alone(launch: Callable) -> 
 
 def test_a_pause_of_all_is_no_hang(launch: Callable) -> None:
     """Ctrl-Z, a suspended job: for longer than the timeout, and it goes on."""
-    run = launch(2, "train(100); until('go')")
+    run = launch(2, "train(4); until('go')", timeout_s=2)
     run.wait_for_step(3)
     for rank in (0, 1):
         run.send(rank, signal.SIGSTOP)
-    time.sleep(2)
-    (run.folder / "go").touch()
+    beats = [run.says(rank)["beat"] for rank in (0, 1)]
+    time.sleep(2.5)
     for rank in (0, 1):
         run.send(rank, signal.SIGCONT)
+    run.wait_for(lambda: all(run.says(rank)["beat"] > beats[rank] + 1 for rank in (0, 1)))
+    (run.folder / "go").touch()
     for rank in (0, 1):
         code, _, err = run.end(rank)
         assert code == 0 and "no progress" not in err and run.says(rank)["state"] == "done", err
@@ -189,10 +193,12 @@ def test_faulthandler_and_alarm_are_given_back(launch: Callable) -> None:
     watch.__exit__(None, None, None)
     assert not faulthandler.is_enabled() and not faulthandler.unregister(signal.SIGALRM)
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
-    with Watchdog(folder / "ranks", timeout, rank=0, world=1):
+    with Watchdog(folder / "ranks", timeout, rank=0, world=1, interval_s=interval):
         signal.signal(signal.SIGALRM, lambda *_: print("theirs", flush=True))
+        began = time.monotonic()
         signal.alarm(1)
         signal.pause()  # twenty heartbeats pass, and leave it alone
+        assert time.monotonic() - began < 10
     """
     code, out, err = launch(1, body, timeout_s=20, interval_s=0.05).end(0)
     assert (code, out, err) == (0, "theirs\n", "")
