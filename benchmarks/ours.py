@@ -3,7 +3,7 @@
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from selfsup import runtime, train
 from selfsup.config import Config
 from selfsup.data.loader import Batch
 from selfsup.data.views import ViewParams
+from selfsup.guard.watchdog import Watchdog
+from selfsup.run import Run
 from selfsup.schedules import Plan, constant
 from selfsup.signals import StopSignals
 
@@ -67,10 +69,10 @@ def untouched(crops: Tensor) -> Tensor:
     return torch.from_numpy(params.pack()).expand(*crops.shape[:2], -1).clone()
 
 
-class TimedRun(train.Run):
+class TimedRun(Run):
     """A run whose end is not followed by a checkpoint and an export: those are no part of a step."""
 
-    def save(self) -> None:
+    def save(self, figures: dict[str, float], may_commit: Callable[[], None]) -> None:
         """Nothing."""
 
     def export(self) -> None:
@@ -88,6 +90,7 @@ class Ours:
         self.config = runtime.resolve(configuration.validate(Config, self._config(row, peer), "benchmark"))
         self.stack.enter_context(runtime.settings(self.config))
         self.signals = self.stack.enter_context(StopSignals())
+        self.watch = Watchdog(self.out / "ranks", 1800, rank=0, world=1)  # told of each phase, as in training
         self.run = TimedRun.create(self.config, self.out, torch.device("cpu"), Images(row), None, quiet=True)
         network = {k: v for k, v in state.items() if k not in ("global", "local")}
         network = {k.replace("backbone.", "backbone.model.", 1): v for k, v in network.items()}
@@ -132,6 +135,7 @@ class Ours:
 
     def _loop(self, count: int, lr: float, momentum: float) -> None:
         run = self.run
+        run.spikes.restore([])
         run.step, run.plan = 0, Plan(steps=count, images=self.row.batch, global_batch=self.row.batch)
         values = {
             "lr": lr,
@@ -141,7 +145,7 @@ class Ours:
             "freeze_last_layer": 0.0,
         }
         run.schedules = {name: constant(value) for name, value in values.items()}
-        train._loop(run, self.signals, None)
+        train._train(run, self.signals, self.watch, None, lambda: None)
 
     def step(self, count: int) -> None:
         """The loop, for `count` steps."""

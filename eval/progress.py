@@ -4,6 +4,7 @@ import sys
 import time
 from typing import TextIO
 
+from selfsup.guard import watchdog
 from selfsup.log import duration
 
 
@@ -25,6 +26,7 @@ class Progress:
     def advance(self, count: int, text: str = "") -> None:
         """`count` more are done; `text` holds further figures."""
         self._done += count
+        watchdog.alive()  # of the training run that waits for this evaluation, if there is one
         now = time.monotonic()
         if self._enabled and now - self._shown >= self._interval:
             self._shown = now

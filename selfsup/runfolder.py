@@ -10,7 +10,7 @@ from selfsup import checkpoint, durable
 from selfsup import config as configuration
 from selfsup.config import Config
 from selfsup.errors import UserError
-from selfsup.lease import Lease, holder
+from selfsup.guard.lease import Lease, holder
 
 FREE = ("workers", "checkpoint", "eval", "stop_at", "log_every", "tensorboard", "hang_timeout")
 """Keys that may change on resume."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from selfsup import checkpoint
 from selfsup.checkpoint import InvalidCheckpoint
 from selfsup.errors import UserError
-from selfsup.lease import holder
+from selfsup.guard.lease import holder
 from selfsup.log import last_step
 
 

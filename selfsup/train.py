@@ -18,15 +18,15 @@ from selfsup.data import photometric
 from selfsup.data.loader import Batch
 from selfsup.data.views import View
 from selfsup.errors import EarlyStop, UserError
+from selfsup.guard.lease import Lease
+from selfsup.guard.watchdog import Watchdog
 from selfsup.initialise import initialise
-from selfsup.lease import Lease
 from selfsup.methods.contract import ViewBatch
 from selfsup.optim import clip_gradients, guarded_step, set_hyperparameters
 from selfsup.recorder import Recorder
 from selfsup.run import Run
 from selfsup.schedules import evaluate
 from selfsup.signals import StopSignals
-from selfsup.watchdog import Watchdog
 
 Evaluate = Callable[[Backbone, int], dict[str, float]]
 

@@ -14,23 +14,25 @@ FOLDERS = {"selfsup": ROOT / "selfsup", "selfsup.eval": ROOT / "eval", "selfsup.
 
 # A part may import parts of its own level and below, except as FORBIDDEN says.
 LEVELS = [
-    {"errors", "schema", "config", "randomness", "schedules", "dist", "ema", "heads", "batchnorm", "losses", "optim"},
-    {"checkpoint", "log", "health", "runtime", "runfolder", "signals", "recorder"},
+    {"errors", "schema", "config", "randomness", "schedules", "dist", "ema", "heads", "batchnorm", "losses", "optim"}
+    | {"durable", "tensorfile", "spikes", "guard"},
+    {"checkpoint", "checkpoint_writer", "log", "health", "runtime", "runfolder", "status", "signals", "recorder"},
     {"backbones", "data"},
-    {"methods", "recipes", "initialise"},
-    {"train"},
+    {"methods", "recipes", "initialise", "replay"},
+    {"run", "train"},
     {"eval", "launch"},
     {"cli", "demo"},
 ]
 LEVEL = {part: n for n, parts in enumerate(LEVELS) for part in parts}
 LAZY_TOP = {"", "cli", "demo"}  # may reach eval, launch and the trainer, inside functions only
-NO_TORCH = {"", "errors", "schema", "config", "cli", "recipes"}
+NO_TORCH = {"", "errors", "schema", "config", "cli", "recipes", "guard", "durable", "spikes", "log"}
 FORBIDDEN = {  # part -> parts it must not import, although the levels would allow it
     "backbones": {"data"},
     "data": {"backbones"},
     "losses": {"dist", "schedules", "config", "heads", "checkpoint", "log"},
     "schedules": {"dist", "heads", "losses", "ema"},
-    "eval": {"methods", "train", "launch", "losses", "optim"},
+    "guard": {"config", "dist", "optim"},
+    "eval": {"methods", "train", "run", "replay", "launch", "losses", "optim"},
     "launch": {"eval", "methods", "train", "backbones", "data", "losses"},
 }
 LIGHTLY = ("lightly.loss", "lightly.models.modules", "lightly.models.utils", "lightly.transforms")

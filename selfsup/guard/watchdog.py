@@ -16,10 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-from selfsup import hang_report, processes, ranks
 from selfsup.errors import EarlyStop, RankLost, UserError
-from selfsup.processes import Process
-from selfsup.ranks import Beat, Peers
+from selfsup.guard import hang_report, processes, ranks
+from selfsup.guard.processes import Process
+from selfsup.guard.ranks import Beat, Peers
 
 DUMP, REPORT, SILENT, PAUSE = 0.7, 0.85, 0.5, 0.4
 """Parts of the timeout: without progress until the stack is written, until the hang is reported; without a heartbeat until
@@ -28,6 +28,13 @@ _MOST = 64
 """Ranks that a rank other than 0 looks at, so that a large job does not read its files in squares."""
 _LAST_WORDS_S = 10.0
 _left: float | None = None
+_current: "Watchdog | None" = None
+
+
+def alive() -> None:
+    """Long work inside one phase of a run (an evaluation) goes on; nothing where no run is watched."""
+    if _current is not None:
+        _current.at(*_current.where())
 """When an earlier watch in this process ended."""
 
 
@@ -73,7 +80,12 @@ class Watchdog:
         """The main thread has come to this phase of this step."""
         self._now = (phase, step, time.monotonic())
 
+    def where(self) -> tuple[str, int]:
+        """Phase and step that were last told."""
+        return self._now[:2]
+
     def __enter__(self) -> "Watchdog":
+        global _current
         self._now = ("start", 0, time.monotonic())
         age = processes.age() if _left is None else time.monotonic() - _left
         rank = self._own.rank
@@ -93,14 +105,16 @@ class Watchdog:
         self._claim_alarm()
         self._arm()
         self._thread.start()
+        _current = self
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _left
+        global _left, _current
         if os.getpid() != self._pid:
             return  # a forked child
+        _current = None
         self._stop.set()
         self._thread.join(timeout=5)
         self._drop_alarm()
@@ -179,14 +193,11 @@ class Watchdog:
             return
         self._suspected = None
         silent = SILENT * self._timeout_s
-        before = sum(
-            p.rank < self._own.rank
-            and p.beat is not None
-            and p.beat.state == "running"
-            and p.alive is not False
-            and p.silent_s() < silent
-            for p in self._peers.peers
-        )
+        others = [p for p in self._peers.peers if p.alive is not False and p.silent_s() < silent]
+        running = [(p.rank, p.beat.stuck_s) for p in others if p.beat is not None and p.beat.state == "running"]
+        if any(seconds < DUMP * self._timeout_s for _, seconds in running):
+            return  # somebody works, the others wait for it: an evaluation by rank 0
+        before = sum(rank < self._own.rank for rank, _ in running)
         if stuck > REPORT * self._timeout_s + min(before, 4) * 4 * self._interval_s:
             self._report(silent)
 

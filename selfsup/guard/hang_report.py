@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from selfsup.ranks import Beat, Peer, stack_of
+from selfsup.guard.ranks import Beat, Peer, stack_of
 
 COLLECTIVE = ("gradients", "agree", "log", "checkpoint")
 """Phases in which a rank may well be waiting for another."""

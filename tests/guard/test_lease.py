@@ -15,17 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from selfsup import lease as lease_module
-from selfsup import processes
 from selfsup.errors import UserError
-from selfsup.lease import Lease, holder
-from selfsup.processes import Process
+from selfsup.guard import lease as lease_module
+from selfsup.guard import processes
+from selfsup.guard.lease import Lease, holder
+from selfsup.guard.processes import Process
 
 HOLDER = """
 import errno, fcntl, os, sys, time
 from pathlib import Path
 from selfsup.errors import UserError
-from selfsup.lease import Lease
+from selfsup.guard.lease import Lease
 
 def tell(*words):
     print(*words, flush=True)
@@ -203,7 +203,7 @@ def test_a_pid_that_went_to_another_process_is_no_holder(tmp_path: Path) -> None
 def test_exit_without_release(tmp_path: Path) -> None:
     """The interpreter ends although the heartbeat runs, silently; the next start does not wait."""
     code = (
-        "import sys; from pathlib import Path; from selfsup.lease import Lease;"
+        "import sys; from pathlib import Path; from selfsup.guard.lease import Lease;"
         "Lease.acquire(Path(sys.argv[1]), interval_s=0.001, patience_s=9, say=print)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
@@ -411,7 +411,7 @@ def test_heartbeat_outlives_a_disk_that_fails(tmp_path: Path, other: Callable) -
 
 def test_nothing_left_of_a_lease_that_could_not_be_written(tmp_path: Path) -> None:
     code = (
-        "import resource, sys; from pathlib import Path; from selfsup.lease import Lease\n"
+        "import resource, sys; from pathlib import Path; from selfsup.guard.lease import Lease\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
         "try: Lease.acquire(Path(sys.argv[1]), say=print)\n"
         "except Exception as error: print(repr(error))"
@@ -525,7 +525,7 @@ def test_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: Ca
 
 def test_age_of_this_process() -> None:
     code = (
-        "import time; a = time.monotonic(); time.sleep(0.3); from selfsup import processes; b = processes.age();"
+        "import time; a = time.monotonic(); time.sleep(0.3); from selfsup.guard import processes; b = processes.age();"
         "print(b >= time.monotonic() - a - 0.02, b < 60)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

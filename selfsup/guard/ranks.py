@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from selfsup.errors import RankLost, UserError
-from selfsup.processes import Process
+from selfsup.guard.processes import Process
 
 SIZE = 4096
 """Bytes of a rank's file: one page, one write."""

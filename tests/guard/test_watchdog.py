@@ -14,18 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from selfsup import hang_report, ranks
 from selfsup.errors import UserError
-from selfsup.processes import Process
-from selfsup.ranks import SIZE, Beat, Peer
-from selfsup.watchdog import Watchdog
+from selfsup.guard import hang_report, ranks
+from selfsup.guard.processes import Process
+from selfsup.guard.ranks import SIZE, Beat, Peer
+from selfsup.guard.watchdog import Watchdog
 
 PRELUDE = """
 import ctypes, os, shutil, sys, threading, time
 from pathlib import Path
-from selfsup import watchdog
+from selfsup.guard import watchdog
 from selfsup.errors import EarlyStop, RankLost, UserError
-from selfsup.watchdog import Watchdog
+from selfsup.guard.watchdog import Watchdog
 
 folder, rank, world, timeout, interval = Path(sys.argv[1]), *map(int, sys.argv[2:4]), *map(float, sys.argv[4:])
 on_abort = lambda: print("aborting", flush=True)
@@ -134,6 +134,24 @@ def test_nothing_to_report(tmp_path: Path, launch: Callable) -> None:
         assert (said["state"], said["step"], said["phase"]) == ("done", 24, "gradients")
         assert said["pid"] == run.processes[rank].pid and said["beat"] > 5
     assert sorted(p.name for p in run.ranks.iterdir()) == ["rank_00000.json", "rank_00001.json"]
+
+
+def test_long_work_of_one_rank_is_no_hang(launch: Callable) -> None:
+    """Rank 0 evaluates for three times the timeout, and says so; the others wait for it."""
+    body = """
+    from selfsup.guard import watchdog
+    def work(step):
+        end = time.monotonic() + (4.5 if rank == 0 and step == 3 else 0)
+        while time.monotonic() < end:
+            watchdog.alive()
+            time.sleep(0.05)
+    train(8, work)
+    """
+    run = launch(2, body)
+    for rank in range(2):
+        code, _, err = run.end(rank)
+        assert code == 0 and "no progress" not in err
+        assert run.says(rank)["state"] == "done"
 
 
 def test_early_stop_is_no_failure_and_forks_are_left_alone(launch: Callable) -> None:

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from selfsup.errors import UserError
-from selfsup.processes import Process
+from selfsup.guard.processes import Process
 
 FILE = "lease.json"
 LOCK = ".lease-lock"
