@@ -2,12 +2,13 @@
 #   make demo       trains DINO on the bundled images, evaluates, draws, exports (minutes on two cores)
 #   make test       the fast tests          make test-all   everything: the slow ones, the demo, the fault table
 #   make check      ruff, mypy, the import rules            make bench      side by side with peers
+#   make slurm-up   a Slurm of two nodes on this machine    make slurm-down stops it (Debian's slurm-wlm and munge, root)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all check bench install
+.PHONY: help demo test test-all check bench install slurm-up slurm-down
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -22,7 +23,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 GOMP_SPINCOUNT=5000 HF_HUB_OFFLI
 PYTEST := $(TEST_ENV) $(PY) -m pytest -n $(JOBS) --dist worksteal --durations=15
 
 help:
-	@sed -n '2,4s/^# *//p' Makefile
+	@sed -n '2,5s/^# *//p' Makefile
 
 install: $(STAMP)
 
@@ -35,7 +36,7 @@ demo: $(STAMP)
 	$(VENV)/bin/selfsup demo --out $(OUT)
 
 test: $(STAMP)
-	$(PYTEST) -m "not slow and not demo and not faults" tests
+	$(PYTEST) -m "not slow and not demo and not faults and not slurm" tests
 
 test-all: $(STAMP)
 	$(PYTEST) tests
@@ -49,3 +50,9 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) benchmarks/run.py $(BENCH)
+
+slurm-up: $(STAMP)
+	$(PY) -m tests.slurm.cluster up
+
+slurm-down: $(STAMP)
+	$(PY) -m tests.slurm.cluster down

@@ -13,7 +13,7 @@ for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_PROCID"
 
 import pytest  # noqa: E402
 
-pytest_plugins = ["tests.faults.table"]  # here, and not in its own folder: what collects nothing still prints it
+pytest_plugins = ["tests.faults.table", "tests.slurm.session"]  # here, and not in their own folders: see each
 
 ALLOWED_SKIPS = ("no CUDA",)
 """Reasons for which a skipped test is no failure in CI: hardware that the machine does not have."""
