@@ -44,7 +44,7 @@ test-all: $(STAMP)
 check: $(STAMP)
 	$(VENV)/bin/ruff check .
 	rm -rf $(TYPES) && mkdir -p $(TYPES)
-	ln -s ../../../selfsup/* ../../../eval ../../../launch $(TYPES)/
+	ln -s $(addprefix ../../../,$(wildcard selfsup/*) eval launch) $(TYPES)/
 	MYPYPATH=build/types $(VENV)/bin/mypy -p selfsup -p benchmarks
 	$(TEST_ENV) $(PY) -m pytest -q tests/test_imports.py
 
