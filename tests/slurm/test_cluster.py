@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,6 +207,7 @@ def test_a_killed_starter(slurm: Slurm, tmp_path: Path):
     finally:
         starter.kill()
         other.stop()
+        shutil.rmtree(folder)
     assert processes(other.conf) == []
     assert str(folder) not in host.HOSTS.read_text()
     assert slurm.job(mine)["JobState"] == "RUNNING"
@@ -217,6 +219,7 @@ def folder(slurm: Slurm) -> Iterator[Path]:
     chosen = base_folder() / f"people{os.getpid()}"
     yield chosen
     Slurm(chosen).stop()
+    shutil.rmtree(chosen)
 
 
 def test_command_line(folder: Path, capsys: pytest.CaptureFixture[str]):
