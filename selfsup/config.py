@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,10 +61,12 @@ __all__ = [
     "ViewsConfig",
     "dump",
     "expand_short_forms",
+    "file_names",
     "load",
     "merge",
     "parse_duration",
     "parse_overrides",
+    "read_named",
     "read_recipe",
     "recipe_names",
     "recipe_texts",
@@ -72,9 +75,14 @@ __all__ = [
 ]
 
 
+def file_names(folder: Traversable) -> list[str]:
+    """Names of the YAML files in a folder of a package, without the suffix."""
+    return sorted(p.name[:-5] for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
 def recipe_names() -> list[str]:
     """Names of the built-in recipes."""
-    return sorted(p.name[:-5] for p in resources.files("selfsup.recipes").iterdir() if p.name.endswith(".yaml"))
+    return file_names(resources.files("selfsup.recipes"))
 
 
 def recipe_texts() -> dict[str, str]:
@@ -82,8 +90,8 @@ def recipe_texts() -> dict[str, str]:
     return {name: (resources.files("selfsup.recipes") / f"{name}.yaml").read_text() for name in recipe_names()}
 
 
-class _UniqueKeySafeLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML readers keep the last without a word."""
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without two traps: of a key given twice the last would win, and 24:00:00 would be the number 86400."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -93,30 +101,39 @@ class _UniqueKeySafeLoader(yaml.SafeLoader):
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
+    def construct_number(self, node: Any) -> Any:
+        """A number, but for 24:00:00 (base 60 in YAML 1.1) and 007 (base 8), which are kept as they are written."""
+        if ":" in node.value or re.fullmatch(r"[+-]?0[\d_]+", node.value):
+            return node.value
+        return self.construct_yaml_int(node) if node.tag.endswith("int") else self.construct_yaml_float(node)
+
+
+for _tag in ("int", "float"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _StrictLoader.construct_number)
+
+
+def read_named(kind: str, name: str, folder: Traversable) -> dict[str, Any]:
+    """The YAML file `name` of this folder, or one by its path, as nested dicts; `kind` is what messages call it."""
+    built_in = file_names(folder)
+    path: Traversable = folder / f"{name}.yaml" if name in built_in else Path(name)
+    if name not in built_in and not path.is_file() and Path(name).suffix not in (".yaml", ".yml"):
+        raise UserError(f"no {kind} {name!r}{suggest(name, built_in)}; built in: {', '.join(built_in)}, or a YAML file")
+    try:
+        values = _StrictLoader(path.read_text(encoding="utf-8")).get_single_data()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{kind} {name}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{kind} {name}: not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
+        raise UserError(f"{kind} {name}: expected 'key: value' lines at the top level, seen {type(values).__name__}")
+    return values
+
 
 def read_recipe(recipe: str) -> dict[str, Any]:
     """A built-in recipe by name, or a YAML file, as nested dicts (short forms expanded)."""
-    path = Path(recipe)
-    if recipe in recipe_names():
-        text = (resources.files("selfsup.recipes") / f"{recipe}.yaml").read_text()
-    elif path.is_file() or path.suffix in (".yaml", ".yml"):
-        try:
-            text = path.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"recipe {recipe}: cannot be read: {error}") from None
-    else:
-        raise UserError(
-            f"no recipe {recipe!r}{suggest(recipe, recipe_names())}; built in: {', '.join(recipe_names())}, or a YAML file"
-        )
-    try:
-        values = _UniqueKeySafeLoader(text).get_single_data()
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {recipe}: not valid YAML: {' '.join(str(error).split())}") from None
-    if values is None:
-        values = {}
-    if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
-        raise UserError(f"recipe {recipe}: expected 'key: value' lines at the top level, seen {type(values).__name__}")
-    return expand_short_forms(values)
+    return expand_short_forms(read_named("recipe", recipe, resources.files("selfsup.recipes")))
 
 
 def parse_overrides(overrides: Iterable[str], short: Mapping[str, str] = SHORT_FORMS) -> dict[str, Any]:
@@ -148,7 +165,7 @@ def _scalar(text: str) -> Any:
     if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text):
         return float(text)
     try:
-        value = yaml.safe_load(text) if text else ""
+        value = _StrictLoader(text).get_single_data() if text else ""
     except yaml.YAMLError:
         return text
     return value if isinstance(value, (str, int, float, bool, list, dict)) or value is None else text
@@ -212,12 +229,15 @@ def _explain(schema: type[BaseModel], fault: Any, prefix: str) -> str:
 def _path(schema: type[BaseModel], loc: tuple[Any, ...], unknown: bool) -> list[str]:
     """The keys among a fault's location, which also holds indices and the names of types in a union."""
     keys: list[str] = []
-    kinds = [schema]
+    kinds, mapping = [schema], False
     for i, part in enumerate(loc):
         fields = {field.alias or name: field for kind in kinds for name, field in kind.model_fields.items()}
         if part in fields:
             keys.append(part)
-            kinds = _models(fields[part].annotation)
+            kinds, mapping = _models(fields[part].annotation), typing.get_origin(fields[part].annotation) is dict
+        elif mapping:  # a key of the user's own choice
+            keys.append(str(part))
+            kinds, mapping = [], False
         elif unknown and i == len(loc) - 1:
             keys.append(str(part))
     return keys

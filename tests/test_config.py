@@ -72,6 +72,14 @@ def test_short_form_over_a_section_of_the_recipe(tmp_path: Path) -> None:
     assert (config.backbone.name, config.backbone.in_chans) == ("resnet18", 1)
 
 
+@pytest.mark.parametrize("text", ["24:00:00", "1:30", "1:30.5", "007"])
+def test_what_yaml_would_count_in_base_60_or_8_is_text(text: str, tmp_path: Path) -> None:
+    assert parse_overrides([f"a={text}"]) == {"a": text}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"a: {text}\nb: [0, -3, 0x10, 0.5, 1_000]\n")
+    assert read_recipe(str(path)) == {"a": text, "b": [0, -3, 16, 0.5, 1000]}
+
+
 def test_later_overrides_win() -> None:
     assert load(None, ["seed=1", "data.path=A", "data=B", "seed=2"]).seed == 2
     assert load(None, ["data.path=A", "data=B"]).data.path == "B"
