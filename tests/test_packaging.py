@@ -46,12 +46,13 @@ def test_every_module_is_in_the_wheel(installed: Path):
 
 
 def test_every_data_file_is_in_the_wheel(installed: Path):
-    wanted = [p for p in (ROOT / "selfsup").rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")]
-    kinds = {p.suffix or p.name for p in wanted}
-    assert {".yaml", ".zip", "LICENSE", ".typed"} <= kinds
-    for path in wanted:
-        copy = installed / path.relative_to(ROOT)
-        assert copy.is_file() and copy.stat().st_size == path.stat().st_size, f"{path} is not in the wheel"
+    kinds = set()
+    for source, target in SOURCES.items():
+        for path in (p for p in (ROOT / source).rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")):
+            copy = installed / target / path.relative_to(ROOT / source)
+            assert copy.is_file() and copy.stat().st_size == path.stat().st_size, f"{path} is not in the wheel"
+            kinds.add(f"{source}: {path.suffix or path.name}")
+    assert {"selfsup: .yaml", "selfsup: .zip", "selfsup: LICENSE", "selfsup: .typed", "launch: .yaml"} <= kinds
 
 
 def test_nothing_else_is_in_the_wheel(installed: Path):
@@ -73,16 +74,18 @@ def test_the_wheel_alone_runs(installed: Path, tmp_path: Path):
     code = (
         "import sys, pathlib; here = pathlib.Path(sys.argv[1]); sys.path.insert(0, str(here));"
         "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()];"
-        "import selfsup, selfsup.eval, selfsup.launch, selfsup.config;"
+        "import selfsup, selfsup.eval, selfsup.launch.cluster, selfsup.config;"
         "modules = (selfsup, selfsup.eval, selfsup.launch);"
         "assert all(here in pathlib.Path(m.__file__).parents for m in modules), modules;"
-        "names = selfsup.config.recipe_names(); [selfsup.config.load(n) for n in names]; print(*names)"
+        "names = selfsup.config.recipe_names(); [selfsup.config.load(n) for n in names]; print(*names);"
+        "names = selfsup.launch.cluster.cluster_names(); [selfsup.launch.cluster.load(n) for n in names]; print(*names)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(installed)], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert {"demo", "dino_vits16", "dino_vits16_smalldata", "dino_resnet50"} <= set(done.stdout.split())
+    expected = {"demo", "dino_vits16", "dino_vits16_smalldata", "dino_resnet50", "local", "slurm"}
+    assert expected <= set(done.stdout.split())
 
 
 def test_eval_and_launch_map_into_the_namespace():

@@ -1,0 +1,164 @@
+"""The sbatch script of a job, made by submitit, and its submission: what `text()` shows is what `launch()` submits."""
+
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from submitit import SlurmExecutor
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from selfsup.errors import UserError
+
+from .cluster import Cluster
+
+_NOT_OF_SBATCH = {
+    "additional_parameters",
+    "array_parallelism",
+    "num_gpus",
+    "setup",
+    "signal_delay_s",
+    "srun_args",
+    "stderr_to_stdout",
+    "teardown",
+    "use_srun",
+}
+"""Parameters of submitit's executor that are no options of sbatch."""
+
+# Variables of a job or a rank: one that submits another must not hand them on.
+_OF_A_JOB = ("SLURM_", "SLURMD_", "SUBMITIT_", "PMI_", "PMIX_", "TORCHELASTIC_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
+_OF_A_RANK = {"RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+_DEVICES = {"CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL"}
+_KEPT = {"SLURM_CONF", "SLURM_CLUSTERS"}
+# SBATCH_NAME sets an option, and wins over the script. Some are not called like the option.
+_VARIABLES = {"timelimit": "time", "mem_per_node": "mem"}
+_ALWAYS_WRITTEN = {"array_inx", "error", "input", "job_name", "no_requeue", "open_mode", "output", "requeue", "signal"}
+
+
+class Sbatch(SlurmExecutor):
+    """submitit's executor with the parameters of a cluster, whose tasks each run `command`, a line of shell.
+
+    folder: for the script and the logs, JOB_submission.sh and JOB_RANK_log.out and .err; it must be seen by every node.
+    Works without Slurm until `launch`, so that a script can be read anywhere.
+    """
+
+    def __init__(
+        self, cluster: Cluster, folder: Path, command: str, *, name: str = "selfsup", dependency: str | None = None
+    ) -> None:
+        if cluster.kind != "slurm":
+            raise ValueError(f"a script is for kind: slurm, not {cluster.kind}")
+        check_folder(folder)
+        super().__init__(folder)
+        self.command = f"{cluster.container} {command}" if cluster.container else command
+        self.update_parameters(**parameters(cluster, name=name, dependency=dependency))
+
+    @classmethod
+    def affinity(cls) -> int:
+        """Whether there is a Slurm is asked by `launch`."""
+        return 2
+
+    @property
+    def _submitit_command_str(self) -> str:
+        return self.command
+
+    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        unset = [word for name in foreign_variables(os.environ, self.parameters) for word in ("-u", name)]
+        sbatch = list(super()._make_submission_command(submission_file_path))
+        return ["env", *unset, *sbatch] if unset else sbatch
+
+    def text(self, count: int | None = None) -> str:
+        """The script. count: of an array of so many jobs."""
+        self._set_count(count)
+        return str(self._make_submission_file_text(self._submitit_command_str, ""))
+
+    def launch(self, count: int | None = None) -> str:
+        """Submit it; the job's id. UserError with Slurm's words if Slurm does not take it."""
+        self._set_count(count)
+        if shutil.which("sbatch") is None:
+            raise UserError("sbatch is not found: submit where Slurm is (or load its module); --dry-run needs none")
+        Path(self.folder).mkdir(parents=True, exist_ok=True)
+        try:
+            return str(self._submit_command(self._submitit_command_str).job_id)
+        except (FailedJobError, FailedSubmissionError) as error:
+            said = re.findall(r"^sbatch: (?:error: )?(.*)$", str(error), re.M) or [str(error).strip().splitlines()[-1]]
+            raise UserError(f"sbatch refuses the job: {'; '.join(said)}") from None
+
+    def _set_count(self, count: int | None) -> None:
+        self.parameters.pop("map_count", None)
+        if count is not None:
+            self.parameters["map_count"] = count
+
+
+def check_folder(folder: Path) -> None:
+    """UserError if Slurm would take characters of this path for something else."""
+    bad = [c for c in str(folder.absolute()) if c in "%\\'\"" or not c.isprintable()]
+    if bad:
+        raise UserError(f"run folder {folder}: Slurm takes {bad[0]!r} in the path of a log for something else")
+
+
+def parameters(cluster: Cluster, *, name: str, dependency: str | None = None) -> dict[str, Any]:
+    """The parameters of submitit's executor. What is None is left to the partition."""
+    gpus = f"{cluster.gpu_type}:{cluster.gpus_per_node}" if cluster.gpu_type else cluster.gpus_per_node
+    asked = cluster.gpu_request if cluster.gpus_per_node else "none"
+    values: dict[str, Any] = {
+        "job_name": name,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "time": cluster.time,
+        "nodes": cluster.nodes,
+        "ntasks_per_node": cluster.tasks,
+        "cpus_per_task": cluster.cpus_per_task,
+        "gpus_per_node": gpus if asked == "gpus-per-node" else None,
+        "gres": f"gpu:{gpus}" if asked == "gres" else None,
+        "mem": cluster.mem,
+        "dependency": dependency,
+        "wckey": None,  # submitit's default is refused where such keys are checked
+        "array_parallelism": cluster.array_parallelism,
+        "signal_delay_s": cluster.signal_before_s,
+        "setup": [*(f"export {k}={shlex.quote(v)}" for k, v in cluster.env.items()), *cluster.setup] or None,
+    }
+    known = SlurmExecutor._valid_parameters() - _NOT_OF_SBATCH
+    further: dict[str, Any] = {"requeue": True}
+    for option, value in cluster.sbatch.items():
+        if (key := option.replace("-", "_")) in known:
+            values[key] = None if value is False else value
+        else:
+            further[option] = value
+    values["additional_parameters"] = {key: value for key, value in further.items() if value not in (None, False)}
+    # since Slurm 22.05 srun does not inherit --cpus-per-task; without the other, ranks wait for one that is dead
+    own = {"cpus-per-task": cluster.cpus_per_task, "kill-on-bad-exit": 1}
+    values["srun_args"] = list(_arguments({**own, **cluster.srun}))
+    return values
+
+
+def _arguments(options: Mapping[str, Any]) -> Iterable[str]:
+    for name, value in options.items():
+        if value is not None and value is not False:
+            yield f"--{name}" if value is True else f"--{name}={value}"
+
+
+def foreign_variables(environ: Mapping[str, str], written: Mapping[str, Any]) -> list[str]:
+    """Variables that the job must not inherit: those of a job that submits it, and what would win over the script.
+
+    written: the script's parameters. SBATCH_ACCOUNT and the like, which people set for good, count where it says nothing.
+    """
+    own = {key for key, value in written.items() if value is not None} | _ALWAYS_WRITTEN
+    found = []
+    for name in environ:
+        option = name.removeprefix("SBATCH_").lower() if name.startswith("SBATCH_") else ""
+        of_a_job = name.startswith(_OF_A_JOB) and name not in _KEPT
+        if of_a_job or name in _OF_A_RANK | _DEVICES or _VARIABLES.get(option, option) in own:
+            found.append(name)
+    return sorted(found)
+
+
+def sbatch_script(
+    cluster: Cluster, folder: Path, command: str, *, name: str = "selfsup", count: int | None = None
+) -> str:
+    """The exact script that `Sbatch.launch` submits."""
+    return Sbatch(cluster, folder, command, name=name).text(count)
