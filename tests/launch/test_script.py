@@ -126,20 +126,24 @@ def test_slurm_accepts_the_scripts(here: Slurm, folder: Path):
         assert here.try_command("sbatch", "--test-only", stdin=script)[0] != 0, script
 
 
-SHOW = "sh -c 'echo $SLURM_PROCID/$SLURM_NTASKS $SLURMD_NODENAME $SLURM_CPUS_PER_TASK $CUDA_VISIBLE_DEVICES $A $B'"
+SHOW = """
+step=$(scontrol show step $SLURM_JOB_ID.$SLURM_STEP_ID | grep -wo 'CPUs=[0-9]*')
+echo $SLURM_PROCID/$SLURM_NTASKS $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES $step $A $B
+"""
 
 
 @pytest.mark.parametrize("request_", ["gpus-per-node", "gres"])
-def test_what_is_shown_is_submitted_and_runs(here: Slurm, folder: Path, request_: str):
+def test_what_is_shown_is_submitted_and_runs(here: Slurm, folder: Path, tmp_path: Path, request_: str):
+    (tmp_path / "show.sh").write_text(SHOW)
     asked = ["nodes=2", "tasks_per_node=2", "cpus_per_task=3", "gpus_per_node=2", f"gpu_request={request_}"]
     cluster = load("slurm", [*HERE, *asked, "env.A='x  \"$HOME'", "setup=export B=$(echo b)"])
-    job = Sbatch(cluster, folder, SHOW, name="show me")
+    job = Sbatch(cluster, folder, f"sh {tmp_path}/show.sh", name="show me")
     shown = job.text()
     number = job.launch()
     assert (folder / f"{number}_submission.sh").read_text() == shown
     assert here.wait(number, "COMPLETED")["JobName"] == "show me"
     logs = [(folder / f"{number}_{rank}_log.out").read_text() for rank in range(4)]
-    assert logs == [f'{rank}/4 n{rank // 2 + 1} 3 0,1 x "$HOME b\n' for rank in range(4)]
+    assert logs == [f'{rank}/4 n{rank // 2 + 1} 0,1 CPUs=12 x "$HOME b\n' for rank in range(4)]
     assert here.job(number)["NumCPUs"] == "12"
 
 
