@@ -139,15 +139,22 @@ class TensorBoard:
         except ImportError:
             self._writer: Any = None
             return
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+        try:
+            self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+        except (OSError, ValueError) as error:  # not writable; a path that is not UTF-8, which tensorboard refuses
+            self._give_up(error)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Every number of one line of metrics.jsonl."""
         try:
             self._add(record)
-        except OSError as error:  # a picture of the run, not the run
-            print(f"no more TensorBoard files: {error}", file=sys.stderr)
-            self._writer = None
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """They are a picture of the run, not the run."""
+        print(f"no TensorBoard files from here on: {error}", file=sys.stderr)
+        self._writer = None
 
     def _add(self, record: Mapping[str, Any]) -> None:
         if self._writer is None:

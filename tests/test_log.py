@@ -152,3 +152,14 @@ def test_tensorboard_is_optional(tmp_path: Path) -> None:
         events = EventAccumulator(str(tmp_path / "tb")).Reload()
         assert {"loss", "health/kl"} <= set(events.Tags()["scalars"])
         assert events.Scalars("loss")[0].step == 1
+
+
+def test_a_run_does_not_end_for_want_of_tensorboard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file in the way, a path that is not UTF-8: said once, and nothing more."""
+    pytest.importorskip("tensorboard")
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file" / "tb", tmp_path / "\udcff" / "tb"):
+        board = TensorBoard(folder, 0)
+        board.write({"step": 1, "loss": 0.5})
+        board.close()
+        assert capsys.readouterr().err.count("no TensorBoard files") == 1
