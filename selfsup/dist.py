@@ -2,7 +2,6 @@
 
 import datetime
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,8 +50,6 @@ def shutdown() -> None:
         td.barrier()
         td.destroy_process_group()
         _side = _background = None
-        sys.stdout.flush()
-        sys.stderr.flush()
 
 
 def rank() -> int:

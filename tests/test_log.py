@@ -1,5 +1,6 @@
 """metrics.jsonl holds each step once whatever happened; progress is readable on a terminal and in a file."""
 
+import contextlib
 import io
 import json
 import math
@@ -163,3 +164,13 @@ def test_a_run_does_not_end_for_want_of_tensorboard(tmp_path: Path, capsys: pyte
         board.write({"step": 1, "loss": 0.5})
         board.close()
         assert capsys.readouterr().err.count("no TensorBoard files") == 1
+
+
+def test_progress_on_a_disk_that_is_full() -> None:
+    """Or on a terminal that was closed: no reason to end a run of weeks."""
+    with open("/dev/full", "w") as stream:
+        progress = Progress(20, 0, stream=stream)
+        progress.show(10, "figures")
+        progress.note("something happened")
+        with contextlib.suppress(OSError):
+            stream.close()
