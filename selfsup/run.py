@@ -269,7 +269,11 @@ class Run:
 
         self._kept += 1
         index = step - 1
-        batches = [self.loader.make(index, micro) for micro in range(self.config.accumulate)]
+        try:
+            batches = [self.loader.make(index, micro) for micro in range(self.config.accumulate)]
+        except (UserError, OSError, MemoryError) as error:  # read again from a disk that may have gone
+            self.progress.note(f"step {step}: its batch cannot be kept: {error}")
+            return
         names = [self.source.name(i) for batch in batches for i in batch.ids.tolist()]
         folder = replay.keep(
             self.out / "refused",

@@ -28,6 +28,10 @@ def claim(out: Path, resume: bool) -> Lease:
     Raises UserError, having changed nothing, also when another process trains in it.
     """
     try:
+        str(out).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--out {out}: not UTF-8, and safetensors could not read it again; name another") from None
+    try:
         if not resume:
             _refuse_a_run(out)
         if out.exists() and not out.is_dir():

@@ -195,3 +195,10 @@ def test_a_run_that_ended_while_its_lease_was_watched(tmp_path: Path) -> None:
     timer.join()
     assert not (tmp_path / "lease.json").exists()
     runfolder.claim(tmp_path, resume=True).release()
+
+
+def test_a_name_that_could_not_be_resumed(tmp_path: Path) -> None:
+    """safetensors opens no file whose path is not UTF-8: said before the first step and not at the resume."""
+    with pytest.raises(UserError, match="not UTF-8"):
+        runfolder.claim(tmp_path / "a\udcff", resume=False)
+    assert list(tmp_path.iterdir()) == []
