@@ -4,11 +4,12 @@ import contextlib
 import io
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
 
-from selfsup.log import MetricsLog, Progress, TensorBoard, duration, read_metrics
+from selfsup.log import MetricsLog, Progress, TensorBoard, duration, last_step, read_metrics
 
 
 def write(path: Path, steps: range, resume: int = 0, extra: str = "") -> None:
@@ -174,3 +175,14 @@ def test_progress_on_a_disk_that_is_full() -> None:
         progress.note("something happened")
         with contextlib.suppress(OSError):
             stream.close()
+
+
+def test_a_tail_of_zeros(tmp_path: Path) -> None:
+    """As a crash leaves them on some file systems: passed over in no time, however long, and cut off by a resume."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + bytes(200 << 20))
+    began = time.monotonic()
+    assert last_step(path) == 2
+    MetricsLog(path, 2).close()
+    assert time.monotonic() - began < 10
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
