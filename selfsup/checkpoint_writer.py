@@ -69,11 +69,14 @@ class Writer:
             self._thread.join(patience_s)
 
     def _copy(self, state: State) -> State:
-        """The same on the host, in memory that is kept from save to save."""
+        """What this rank writes of it on the host, in memory that is kept from save to save."""
         parts: dict[str, dict[str, Tensor]] = {}
         cuda = False
+        written = ("model", "optimizer", "rank") if dist.is_main() else ("rank",)
         for part in ("model", "optimizer", "rank"):
             parts[part] = {}
+            if part not in written:
+                continue
             for name, value in getattr(state, part).items():
                 value = value.detach()
                 host = self._host.get(key := f"{part}/{name}")

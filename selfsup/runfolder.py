@@ -28,21 +28,37 @@ def claim(out: Path, resume: bool) -> Lease:
     Raises UserError, having changed nothing, also when another process trains in it.
     """
     try:
-        if (out / "config.yaml").exists() and not resume:
-            if (who := holder(out)) is not None:
-                raise UserError(f"--out {out} is in use by {who}; wait for it or stop it, or name another folder")
-            raise UserError(f"--out {out} already holds a run; add --resume to go on with it, or name another folder")
+        str(out).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--out {out}: not UTF-8, and safetensors could not read it again; name another") from None
+    try:
+        if not resume:
+            _refuse_a_run(out)
         if out.exists() and not out.is_dir():
             raise UserError(f"--out {out} is a file; name a folder")
         out.mkdir(parents=True, exist_ok=True)
         lease = Lease.acquire(out, say=lambda text: print(text, file=sys.stderr, flush=True))
-        checkpoint.clean(out)
-        checkpoint.clean(out / "checkpoints")
+        try:
+            if not resume:
+                _refuse_a_run(out, ours=True)  # of a process that had the folder until now
+            checkpoint.clean(out)
+            checkpoint.clean(out / "checkpoints")
+        except BaseException:
+            lease.release()
+            raise
     except OSError as error:
         raise UserError(
             f"--out {out}: cannot be written: {error.strerror or error}; name a folder you may write to"
         ) from None
     return lease
+
+
+def _refuse_a_run(out: Path, ours: bool = False) -> None:
+    if not (out / "config.yaml").exists():
+        return
+    if not ours and (who := holder(out)) is not None:
+        raise UserError(f"--out {out} is in use by {who}; wait for it or stop it, or name another folder")
+    raise UserError(f"--out {out} already holds a run; add --resume to go on with it, or name another folder")
 
 
 def stored_config(out: Path) -> Config | None:

@@ -1,6 +1,9 @@
 """A run folder: who may write into it, what a resume may change, and a config.yaml that is a recipe."""
 
+import json
 import os
+import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import pytest
 from selfsup import methods, runfolder, runtime
 from selfsup.config import Config, load
 from selfsup.errors import UserError
+from selfsup.guard.processes import Process
 
 
 def resolved(*overrides: str) -> Config:
@@ -173,3 +177,28 @@ def test_auto_means_what_the_run_used() -> None:
     assert runfolder.check_resume(methods.complete(runtime.resolve(adopted)), stored) == []
     said = runfolder.adopt(load(None, ["steps=100", "threads=2", "precision=fp32"]), stored)
     assert (said.threads, said.precision) == (2, "fp32")
+
+
+def test_a_run_that_ended_while_its_lease_was_watched(tmp_path: Path) -> None:
+    """A fresh start waits for another host's lease; when it gets the folder there is a run in it: it must stay."""
+    elsewhere = {**asdict(Process.current()), "boot": "another", "token": "x"}
+    (tmp_path / "lease.json").write_text(json.dumps(elsewhere))
+
+    def end() -> None:
+        runfolder.write_config(tmp_path, resolved())
+        (tmp_path / "lease.json").unlink()
+
+    timer = threading.Timer(1.0, end)
+    timer.start()
+    with pytest.raises(UserError, match="already holds a run"):
+        runfolder.claim(tmp_path, resume=False)
+    timer.join()
+    assert not (tmp_path / "lease.json").exists()
+    runfolder.claim(tmp_path, resume=True).release()
+
+
+def test_a_name_that_could_not_be_resumed(tmp_path: Path) -> None:
+    """safetensors opens no file whose path is not UTF-8: said before the first step and not at the resume."""
+    with pytest.raises(UserError, match="not UTF-8"):
+        runfolder.claim(tmp_path / "a\udcff", resume=False)
+    assert list(tmp_path.iterdir()) == []

@@ -264,6 +264,7 @@ def _unless_broken_off(kind: type[BaseException], error: BaseException, trace: A
 def _start_worker(worker: int) -> None:
     """Signals are the trainer's business: a scheduler sends them to every process."""
     sys.excepthook = _unless_broken_off
+    signal.set_wakeup_fd(-1)  # a pipe of the trainer's
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
