@@ -15,8 +15,10 @@ from selfsup.guard.lease import Lease, holder
 FREE = ("workers", "checkpoint", "eval", "stop_at", "log_every", "tensorboard", "hang_timeout")
 """Keys that may change on resume."""
 
-ANNOUNCED = ("spike",)
-"""Keys that may change on resume, which is said: the run will not be the one it was."""
+ANNOUNCED = ("spike", "accumulate", "grad_checkpointing", "max_nonfinite", "data.max_bad_fraction")
+"""Keys that may change on resume, which is said: the run will not be bit for bit the one it was. They are what the
+messages of a run that was out of memory, spiked, or was stopped by a limit tell the user to change.
+"""
 
 RESOLVED = ("precision", "device", "deterministic", "threads")
 """Keys that 'auto' or null takes over from the run."""
@@ -113,14 +115,14 @@ def check_resume(config: Config, stored: Config) -> list[str]:
         before, after = old.get(key), new.get(key)
         if before == after or key.split(".")[0] in FREE:
             continue
-        if key.split(".")[0] in ANNOUNCED:
+        if key in ANNOUNCED or key.split(".")[0] in ANNOUNCED:
             notes.append(f"{key} changes from {before} to {after}")
             continue
         grows = key in ("steps", "epochs", "samples") and before is not None and after is not None and after > before
         if not grows:
             raise UserError(
                 f"{key}={after!r} differs from the run's {before!r}: a resume keeps everything but "
-                f"{', '.join(FREE)} and a longer duration; start a new run with --out, or drop the change"
+                f"{', '.join((*FREE, *ANNOUNCED))} and a longer duration; start a new run with --out, or drop the change"
             )
         notes.append(f"{key} grows from {before} to {after}: schedules follow the new length")
     return notes

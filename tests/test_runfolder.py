@@ -136,7 +136,6 @@ def test_free_changes(change: str) -> None:
     [
         ("seed=1", "seed"),
         ("global_batch=32", "global_batch"),
-        ("accumulate=2", "accumulate"),
         ("optimizer.lr=0.1", "optimizer.lr"),
         ("data=elsewhere", "data.path"),
         ("backbone=resnet18", "backbone.name"),
@@ -155,6 +154,22 @@ def test_refused_changes(change: str, key: str) -> None:
     with pytest.raises(UserError) as caught:
         runfolder.check_resume(resolved(change) if "epochs" not in change else grown(change), resolved())
     assert key in str(caught.value) and len(str(caught.value).splitlines()) <= 2
+
+
+@pytest.mark.parametrize(
+    "change, key",
+    [
+        ("spike.max_rollbacks=5", "spike.max_rollbacks"),
+        ("accumulate=2", "accumulate"),
+        ("grad_checkpointing=true", "grad_checkpointing"),
+        ("max_nonfinite=50", "max_nonfinite"),
+        ("data.max_bad_fraction=0.5", "data.max_bad_fraction"),
+    ],
+)
+def test_what_messages_advise_is_announced(change: str, key: str) -> None:
+    """Out of memory: 'try accumulate=2'. A resume that refused it would leave nothing but a new run."""
+    (note,) = runfolder.check_resume(resolved(change), resolved())
+    assert note.startswith(f"{key} changes from ")
 
 
 def grown(change: str) -> Config:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,12 @@ def test_out_of_memory(lab: Lab, tmp_path: Path) -> None:
     process = lab.run(out, fault=("out_of_memory", {"step": 13}), status=2)
     told(process, "out of memory.*step 13", "global_batch=8", "2.00 GiB", r"accumulate=2", "grad_checkpointing=true")
     assert checkpoints(out)[-1] >= 10
+    advised = tmp_path / "advised"
+    shutil.copytree(out, advised)
+    process = lab.run(advised, "accumulate=2", "grad_checkpointing=true")
+    assert "accumulate changes from 1 to 2" in process.stderr()
+    pairs = list(zip(log(advised), log(lab.undisturbed())))
+    assert len(pairs) == 24 and max(abs(a["loss"] - b["loss"]) for a, b in pairs) < 1e-4
     lab.resumed_is_same(out)
 
 
