@@ -223,7 +223,15 @@ class Run:
 
     def _newest(self) -> Path | None:
         root = self.out / "checkpoints"
-        chosen, problems = checkpoint.newest_valid(root) if dist.is_main() else (None, [])
+        chosen: Path | None = None
+        problems: list[str] = []
+        error: UserError | None = None
+        if dist.is_main():
+            try:
+                chosen, problems = checkpoint.newest_valid(root)
+            except UserError as cause:
+                error = cause
+        dist.raise_together(error, "looking for a checkpoint")
         step = dist.agree(-1 if chosen is None else checkpoint.step_of(chosen))  # rank 0 decides
         for problem in problems:
             self.progress.note(f"passing over a damaged checkpoint: {problem}")
