@@ -89,6 +89,8 @@ def train(
             if not (resume and run.resume()):
                 initialise(run.method, config)
             dist.broadcast_module(run.method)
+            if config.checkpoint.keep_best and evaluate is None:
+                run.progress.note("checkpoint.keep_best keeps nothing: there is no evaluation to choose by")
             return _train(run, signals, watch, evaluate, lease.check if lease is not None else lambda: None)
         except (RuntimeError, MemoryError) as error:
             if run is not None and runtime.is_out_of_memory(error):
