@@ -13,7 +13,8 @@ for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_PROCID"
 
 import pytest  # noqa: E402
 
-pytest_plugins = ["tests.faults.table"]  # here, and not in its own folder: what collects nothing still prints it
+# here, and not in their own folders: a process that collects nothing still prints their summaries
+pytest_plugins = ["tests.faults.table", "tests.fuzz.cases"]
 
 ALLOWED_SKIPS = ("no CUDA",)
 """Reasons for which a skipped test is no failure in CI: hardware that the machine does not have."""
