@@ -30,13 +30,13 @@ OPERATIONS = ("make_folder", "write", "fsync", "rename", "remove")
 
 
 def point(operation: str, paths: tuple[Any, ...]) -> str:
-    """The name of a call: 'rename checkpoints/.tmp-step_00000015 checkpoints/step_00000015'. No process ids."""
+    """The name of a call: 'rename checkpoints/.tmp-step_00000015 checkpoints/step_00000015'. No process ids and tokens."""
     names = []
     for path in paths:
         parts = Path(path).parts
         inside = parts[parts.index("checkpoints") :] if "checkpoints" in parts else parts[-1:]
         inside = ("RUN",) if path.is_dir() and "checkpoints" not in parts else inside
-        names.append(re.sub(rf"-{os.getpid()}$", "", "/".join(inside)))
+        names.append(re.sub(rf"-({os.getpid()}|[0-9a-f]{{16}})(?=/|$)", "", "/".join(inside)))
     return " ".join([operation, *names])
 
 
