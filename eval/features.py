@@ -59,7 +59,7 @@ class FeatureFile:
 
     def array(self, request: Request) -> np.ndarray:
         """Rows in the order of the images."""
-        return np.load(_file(self.folder, request), mmap_mode="r")
+        return np.load(_file(self.folder, request), mmap_mode="r", allow_pickle=False)
 
     def readable(self, request: Request) -> np.ndarray:
         """bool [N]: False for images that could not be read; their rows are NaN."""

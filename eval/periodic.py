@@ -71,6 +71,7 @@ def _knn(
                 ks=settings.k, temperatures=settings.temperature, classes=pair.classes, device=device,
             )  # fmt: skip
             top1 = torch.tensor([row["top1"] for row in rows], dtype=torch.float64)
+        dist.barrier()  # the others wait here, where it may take long
         share = top1.to(device)
         figures = dist.all_reduce_(share).tolist()  # the other ranks added 0
     finally:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from selfsup import durable, tensorfile
 from selfsup.durable import TEMPORARY
+from selfsup.errors import UserError
 
 FORMAT = 1
 _NAME = re.compile(r"^step_(\d{8,})$")
@@ -35,6 +36,10 @@ _NAME = re.compile(r"^step_(\d{8,})$")
 
 class InvalidCheckpoint(Exception):
     """A checkpoint that is incomplete or damaged; the message says how."""
+
+
+class NewerFormat(InvalidCheckpoint):
+    """A checkpoint that a later version wrote: not damaged, but not for this one."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def _check(folder: Path, digests: bool) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidCheckpoint(f"{folder}: no readable MANIFEST.json ({error})") from None
     if form > FORMAT:
-        raise InvalidCheckpoint(f"{folder}: format {form} is newer than this version reads ({FORMAT})")
+        raise NewerFormat(f"{folder}: format {form} is newer than this version reads ({FORMAT})")
     for name, (size, digest) in expected.items():
         path = folder / name
         try:
@@ -122,12 +127,17 @@ def _check(folder: Path, digests: bool) -> dict[str, Any]:
 
 
 def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
-    """(newest checkpoint that verifies, or None; what was wrong with each newer one)."""
+    """(newest checkpoint that verifies, or None; what was wrong with each newer one).
+
+    Raises UserError for one in a newer format: going back past it would throw away what a later version did.
+    """
     problems: list[str] = []
     for _, path in reversed(steps(root)):
         try:
             verify(path)
             return path, problems
+        except NewerFormat as error:
+            raise UserError(f"{error}; update selfsup, or remove that checkpoint to go on from an earlier one") from None
         except InvalidCheckpoint as error:
             problems.append(str(error))
     return None, problems

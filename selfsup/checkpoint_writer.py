@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 import sys
 import threading
@@ -69,11 +70,14 @@ class Writer:
             self._thread.join(patience_s)
 
     def _copy(self, state: State) -> State:
-        """The same on the host, in memory that is kept from save to save."""
+        """What this rank writes of it on the host, in memory that is kept from save to save."""
         parts: dict[str, dict[str, Tensor]] = {}
         cuda = False
+        written = ("model", "optimizer", "rank") if dist.is_main() else ("rank",)
         for part in ("model", "optimizer", "rank"):
             parts[part] = {}
+            if part not in written:
+                continue
             for name, value in getattr(state, part).items():
                 value = value.detach()
                 host = self._host.get(key := f"{part}/{name}")
@@ -118,15 +122,15 @@ def _write(
     may_commit: Callable[[], None],
     trusted: set[int],
 ) -> None:
-    final, temporary = folder_of(root, step), root / f"{TEMPORARY}{folder_of(root, step).name}"
-    main = dist.is_main()
+    final, main = folder_of(root, step), dist.is_main()
+    temporary = root / f"{TEMPORARY}{final.name}-{secrets.token_hex(8)}"  # nobody else's, not even a former owner's
 
     def prepare() -> bytes:
         if main:
             root.mkdir(exist_ok=True)  # not its parents: a run folder that was removed stays removed
             clean(root)
             durable.make_folder(temporary)
-        return b""
+        return temporary.name.rpartition("-")[2].encode()
 
     written: dict[str, dict[str, Any]] = {}
 
@@ -173,7 +177,9 @@ def _write(
     try:
         for stage in (prepare, files, commit):
             answers = _together(stage, f"saving {final.name}", lambda cause: _unwritable(root, final, state, cause))
-            if stage is files:
+            if stage is prepare:  # rank 0's name for it
+                temporary = temporary.with_name(f"{TEMPORARY}{final.name}-{answers[0].rstrip(bytes(1)).decode()}")
+            elif stage is files:
                 for rank, answer in enumerate(answers):
                     entry = {"bytes": int.from_bytes(answer[:8], "little"), "sha256": answer[8:40].hex()}
                     written[rank_file(rank)] = entry

@@ -1,5 +1,6 @@
 """The `selfsup` command. Each subcommand imports what it needs when it runs, so that help is immediate."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -69,7 +70,10 @@ def train(
     from selfsup import dist
 
     if dist.is_main():
-        typer.echo(f"done: {result.steps} steps; the backbone is in {out / 'backbone'}; next: selfsup eval knn {out}")
+        with contextlib.suppress(OSError):  # nobody reads it any more: the run is done all the same
+            typer.echo(
+                f"done: {result.steps} steps; the backbone is in {out / 'backbone'}; next: selfsup eval knn {out}"
+            )
 
 
 def _periodic(config: configuration.Config, out: Path) -> Any:
@@ -213,14 +217,14 @@ def main() -> None:
     try:
         code = app(standalone_mode=False) or 0
     except EarlyStop as stop:
-        print(stop, file=sys.stderr)
         code = 75
+        _say(str(stop))
     except UserError as error:
-        print(f"selfsup: {error}", file=sys.stderr)
         code = 2
+        _say(f"selfsup: {error}")
     except RankLost as lost:
-        print(f"selfsup: {lost}", file=sys.stderr)
         code = 1
+        _say(f"selfsup: {lost}")
     except typer.Exit as exit_:
         code = exit_.exit_code
     except (KeyboardInterrupt, typer.Abort):
@@ -229,12 +233,29 @@ def main() -> None:
         import traceback
 
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
-            print(f"selfsup: {error.format_message()}", file=sys.stderr)  # a wrong option or argument
             code = 2
+            _say(f"selfsup: {error.format_message()}")  # a wrong option or argument
         else:
-            traceback.print_exc()
             code = 1
+            _say(traceback.format_exc().rstrip())
     _leave(code)
+
+
+def _say(text: str) -> None:
+    """On stderr; one that is closed or on a full disk does not change the exit code."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _flush() -> None:
+    """What cannot be written is dropped: at its end the interpreter would try again, and exit 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _hold_signals() -> None:
@@ -245,13 +266,12 @@ def _hold_signals() -> None:
 
 
 def _leave(code: int) -> None:
+    _flush()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch.distributed" in sys.modules:
         from selfsup import dist
 
         if code in (0, 75):  # every rank comes here; after an error on one rank the others may not
             dist.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)  # interpreter shutdown can abort with collectives' threads alive
     if "selfsup.signals" in sys.modules:
         import signal

@@ -5,7 +5,10 @@ writes a file that is itself a recipe. Options that belong to a method are check
 method's own schema; options of a backbone are passed to timm.
 """
 
+import datetime
 import difflib
+import math
+import os
 import re
 import types
 import typing
@@ -40,6 +43,7 @@ from selfsup.schema import (
     expand_short_forms,
     parse_duration,
 )
+from selfsup.wording import one_line
 
 __all__ = [
     "SHORT_FORMS",
@@ -66,6 +70,7 @@ __all__ = [
     "merge",
     "parse_duration",
     "parse_overrides",
+    "parse_yaml",
     "read_named",
     "read_recipe",
     "recipe_names",
@@ -116,19 +121,14 @@ def read_named(kind: str, name: str, folder: Traversable) -> dict[str, Any]:
     """The YAML file `name` of this folder, or one by its path, as nested dicts; `kind` is what messages call it."""
     built_in = file_names(folder)
     path: Traversable = folder / f"{name}.yaml" if name in built_in else Path(name)
-    if name not in built_in and not path.is_file() and Path(name).suffix not in (".yaml", ".yml"):
-        raise UserError(f"no {kind} {name!r}{suggest(name, built_in)}; built in: {', '.join(built_in)}, or a YAML file")
+    if name not in built_in and not os.path.isfile(name) and Path(name).suffix not in (".yaml", ".yml"):
+        known = ", ".join(built_in)
+        raise UserError(f"no {kind} {one_line(name)!r}{suggest(name, built_in)}; built in: {known}, or a YAML file")
     try:
-        values = _StrictLoader(path.read_text(encoding="utf-8")).get_single_data()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{kind} {name}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{kind} {name}: not valid YAML: {' '.join(str(error).split())}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
-        raise UserError(f"{kind} {name}: expected 'key: value' lines at the top level, seen {type(values).__name__}")
-    return values
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
+        raise UserError(f"{kind} {one_line(name)}: cannot be read: {one_line(error)}") from None
+    return parse_yaml(text, f"{kind} {name}")
 
 
 def read_recipe(recipe: str) -> dict[str, Any]:
@@ -136,15 +136,57 @@ def read_recipe(recipe: str) -> dict[str, Any]:
     return expand_short_forms(read_named("recipe", recipe, resources.files("selfsup.recipes")))
 
 
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """The 'key: value' lines of a YAML text; raises UserError, beginning with `where`, for anything else."""
+    try:
+        values = plain(_StrictLoader(text).get_single_data())
+    except RecursionError:
+        raise UserError(f"{one_line(where)}: not valid YAML: nested too deeply") from None
+    except Exception as error:  # yaml.YAMLError; ValueError, TypeError or AttributeError where a value belies its tag
+        raise UserError(f"{one_line(where)}: not valid YAML: {one_line(error)}") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
+        raise UserError(
+            f"{one_line(where)}: expected 'key: value' lines at the top level, seen {type(values).__name__}"
+        )
+    return values
+
+
+_DEEPEST = 20
+
+
+def plain(value: Any, depth: int = 0) -> Any:
+    """A value as YAML gives it, of text, numbers, lists and tables alone; dates become text. Else raises ValueError."""
+    if depth > _DEEPEST:  # a list may even hold itself
+        raise ValueError(f"nested more than {_DEEPEST} deep")
+    if isinstance(value, dict):
+        if odd := [key for key in value if not isinstance(key, str)]:
+            raise ValueError(f"the key {odd[0]!r} is no text; quote it")
+        return {key: plain(inner, depth + 1) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [plain(inner, depth + 1) for inner in value]
+    if isinstance(value, datetime.date):  # and datetime
+        return value.isoformat()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} where a number is needed")
+    if isinstance(value, (str, int, float)) or value is None:
+        return value
+    raise ValueError(f"a value of type {type(value).__name__}; give text, numbers, lists or key: value")
+
+
 def parse_overrides(overrides: Iterable[str], short: Mapping[str, str] = SHORT_FORMS) -> dict[str, Any]:
     """['data=x', 'optimizer.lr=1e-3'] -> {'data': {'path': 'x'}, 'optimizer': {'lr': 0.001}}. Later ones win."""
     out: dict[str, Any] = {}
     for item in overrides:
         key, equals, text = item.partition("=")
-        if not equals or not key or any(not part for part in key.split(".")):
-            raise UserError(f"override {item!r}: write KEY=VALUE, as in optimizer.lr=1e-3")
+        if not equals or not key or any(not part for part in key.split(".")) or key.count(".") > _DEEPEST:
+            raise UserError(f"override {one_line(item)!r}: write KEY=VALUE, as in optimizer.lr=1e-3")
         parts = key.split(".")
-        value = _scalar(text)
+        try:
+            value = _scalar(text)
+        except ValueError as error:
+            raise UserError(f"override {one_line(item)!r}: {one_line(error)}") from None
         if key in short and not isinstance(value, dict):
             parts.append(short[key])
             value = None if value is None else text  # a name or a path, also if it looks like a number
@@ -156,19 +198,25 @@ def _put(tree: dict[str, Any], parts: list[str], value: Any, item: str) -> None:
     for part in parts[:-1]:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
-            raise UserError(f"override {item!r}: {part!r} was given a value before; it cannot hold keys as well")
+            shown = one_line(item)
+            raise UserError(f"override {shown!r}: {one_line(part)!r} was given a value before; it cannot hold keys as well")
     tree[parts[-1]] = value
 
 
 def _scalar(text: str) -> Any:
-    """A value as YAML reads it, except that 1e-3 is a number, as people expect, and bad YAML is text."""
-    if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text):
-        return float(text)
+    """A value as YAML reads it, except that 1e-3 is a number, as people expect, and bad YAML is text.
+
+    Raises ValueError for a list or a table that holds what is not `plain`.
+    """
     try:
-        value = _StrictLoader(text).get_single_data() if text else ""
-    except yaml.YAMLError:
+        is_number = re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text)
+        value = float(text) if is_number else _StrictLoader(text).get_single_data() if text else ""
+    except Exception:  # as in parse_yaml
         return text
-    return value if isinstance(value, (str, int, float, bool, list, dict)) or value is None else text
+    if isinstance(value, (dict, list)):
+        return plain(value)
+    known = isinstance(value, (str, int)) or value is None or (isinstance(value, float) and math.isfinite(value))
+    return value if known else text
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,7 +257,7 @@ def validate(schema: type[S], values: Mapping[str, Any], where: str, prefix: str
     except ValidationError as error:
         lines = [_explain(schema, fault, prefix) for fault in error.errors()]
         more = f" (and {len(lines) - 1} more: {lines[1]})" if len(lines) > 1 else ""
-        raise UserError(f"{where}: {lines[0]}{more}") from None
+        raise UserError(f"{one_line(where)}: {one_line(lines[0] + more, 600)}") from None
 
 
 def _explain(schema: type[BaseModel], fault: Any, prefix: str) -> str:
@@ -221,7 +269,7 @@ def _explain(schema: type[BaseModel], fault: Any, prefix: str) -> str:
         known = sorted(_keys(schema))
         full = [k for k in known if k.split(".")[-1] == loc[-1]]
         hint = f"; did you mean {prefix}{full[0]}?" if full else suggest(".".join(loc), known, prefix)
-        return f"unknown key {key!r}{hint}"
+        return f"unknown key {one_line(key)!r}{hint}"
     message = fault["msg"].removeprefix("Value error, ")
     return f"{key}={seen}: {message}" if key else message
 
@@ -245,6 +293,8 @@ def _path(schema: type[BaseModel], loc: tuple[Any, ...], unknown: bool) -> list[
 
 def suggest(word: str, known: Iterable[str], prefix: str = "") -> str:
     """'; did you mean X?' or an empty string."""
+    if len(word) > 100:  # nobody's typing error
+        return ""
     known = list(known)
     close = difflib.get_close_matches(word, known, 1, 0.6) or difflib.get_close_matches(
         word.split(".")[-1], known, 1, 0.6

@@ -2,7 +2,6 @@
 
 import datetime
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +29,8 @@ def env_world() -> tuple[int, int, int, int]:
 def init(device: torch.device, timeout_s: float = 1800) -> None:
     """Join the process group named in the environment, if there is one.
 
-    timeout_s: how long ranks wait for one another, also while rank 0 alone evaluates or writes.
+    timeout_s: how long ranks wait for one another in a step. On the host they wait longer, as while rank 0 alone evaluates
+    or writes: it is the watchdog that tells this from a hang.
     """
     global _side, _background
     _, world, _, _ = env_world()
@@ -38,8 +38,9 @@ def init(device: torch.device, timeout_s: float = 1800) -> None:
         return
     timeout = datetime.timedelta(seconds=timeout_s)
     td.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-    _side = td.new_group(backend="gloo", timeout=timeout)
-    _background = td.new_group(backend="gloo", timeout=timeout)
+    patient = max(timeout, datetime.timedelta(days=1))
+    _side = td.new_group(backend="gloo", timeout=patient)
+    _background = td.new_group(backend="gloo", timeout=patient)
 
 
 def shutdown() -> None:
@@ -49,8 +50,6 @@ def shutdown() -> None:
         td.barrier()
         td.destroy_process_group()
         _side = _background = None
-        sys.stdout.flush()
-        sys.stderr.flush()
 
 
 def rank() -> int:

@@ -48,7 +48,7 @@ def _backwards(path: Path, block: int = 1 << 16) -> Iterator[tuple[int, int | No
         while start or held:
             cut = held.rfind(b"\n", 0, len(held) - 1) + 1  # where its last line begins
             if cut == 0 and start:
-                size = min(block, start)
+                size = min(max(block, len(held)), start)  # twice as much each time: a crash may leave megabytes of zeros
                 start = file.seek(start - size)
                 held = file.read(size) + held
                 continue
@@ -139,15 +139,22 @@ class TensorBoard:
         except ImportError:
             self._writer: Any = None
             return
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+        try:
+            self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+        except (OSError, ValueError) as error:  # not writable; a path that is not UTF-8, which tensorboard refuses
+            self._give_up(error)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Every number of one line of metrics.jsonl."""
         try:
             self._add(record)
-        except OSError as error:  # a picture of the run, not the run
-            print(f"no more TensorBoard files: {error}", file=sys.stderr)
-            self._writer = None
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """They are a picture of the run, not the run."""
+        print(f"no TensorBoard files from here on: {error}", file=sys.stderr)
+        self._writer = None
 
     def _add(self, record: Mapping[str, Any]) -> None:
         if self._writer is None:
@@ -181,9 +188,10 @@ class Progress:
     def __init__(
         self, total: int, start: int, every: int = 50, stream: TextIO | None = None, enabled: bool = True
     ) -> None:
-        self.total, self.start, self.every, self.enabled = total, start, every, enabled
         self._stream = stream or sys.stderr
-        self._terminal = self._stream.isatty()
+        self.total, self.start, self.every = total, start, every
+        self.enabled = enabled and self._stream is not None  # a daemon may have none
+        self._terminal = self.enabled and self._stream.isatty()
         self._began = time.monotonic()
         self._last_line = start
         self._width = 0
@@ -196,18 +204,20 @@ class Progress:
         eta = (time.monotonic() - self._began) / done * (self.total - step) if done else math.inf
         line = f"step {step}/{self.total}  {text}  eta {duration(eta)}"
         if self._terminal:
-            self._stream.write("\r" + line.ljust(self._width) + ("\n" if last else ""))
+            self._write("\r" + line.ljust(self._width) + ("\n" if last else ""))
             self._width = len(line)
         elif last or step - self._last_line >= self.every or self._last_line == self.start:
-            self._stream.write(line + "\n")
+            self._write(line + "\n")
             self._last_line = step
-        self._stream.flush()
 
     def note(self, text: str) -> None:
         """A line of its own."""
         if not self.enabled:
             return
-        if self._terminal and self._width:
-            self._stream.write("\r" + " " * self._width + "\r")
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        blank = "\r" + " " * self._width + "\r" if self._terminal and self._width else ""
+        self._write(blank + text + "\n")
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # a terminal that was closed or a full disk: no reason to end a run
+            self._stream.write(text)
+            self._stream.flush()

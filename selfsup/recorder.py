@@ -64,7 +64,7 @@ class Recorder:
     ) -> None:
         """still_ours: called before anything is written; raises UserError if the run folder is another's by now."""
         self._plan, self._progress, self._monitor, self._config = plan, progress, monitor, config
-        self._spikes, self._still_ours = spikes, still_ours
+        self._spikes, self._still_ours, self._out = spikes, still_ours, out
         self._log = MetricsLog(out / "metrics.jsonl", step) if dist.is_main() else None
         self._board = TensorBoard(out / "tensorboard", step) if dist.is_main() and config.tensorboard else None
         self._pending: list[tuple[int, dict[str, float], list[str], Tensor]] = []
@@ -145,7 +145,9 @@ class Recorder:
         bad = [k for k, v in worst.items() if isinstance(v, float) and not math.isfinite(v)]
         return UserError(
             f"{' and '.join(bad) or 'loss'} not finite for {row} steps in a row (max_nonfinite={self._config.max_nonfinite}) "
-            f"up to step {worst['step']}; weights are those before them. Lower optimizer.base_lr, or use precision=fp32"
+            f"up to step {worst['step']}; weights are those before them\n"
+            f"selfsup replay {self._out}/refused shows why; a lower optimizer.base_lr or precision=fp32 goes in a new run "
+            f"with init_from={self._out}"
         )
 
     def _line(self, step: int, schedules: Mapping[str, float], parts: dict[str, float]) -> dict[str, Any]:

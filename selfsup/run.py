@@ -206,22 +206,32 @@ class Run:
         what = f"step {spike}: the loss spiked (above {options.factor:g} x the median of the steps before)"
         if self.rollbacks >= options.max_rollbacks:
             raise UserError(
-                f"{what} after {self.rollbacks} rollbacks (spike.max_rollbacks); lower the learning rate and --resume is "
-                f"refused: start a new run from this one with init_from={self.out}"
+                f"{what} after {self.rollbacks} rollbacks (spike.max_rollbacks={options.max_rollbacks}).\n--resume with a larger "
+                f"spike.max_rollbacks or spike.factor, or start a new run with a lower learning rate and init_from={self.out}"
             )
         folder = self._newest()
         if folder is None:
             self.progress.note(f"{what}, and there is no checkpoint yet to go back to")
             return False
         self._restore(checkpoint.load(folder, dist.rank()), folder)
-        self.left_out |= set(range(spike - options.skip, spike))
+        first = max(spike - options.skip, self.step)  # those before the checkpoint are in its weights
+        self.left_out |= set(range(first, spike))
         self.rollbacks += 1
-        self.progress.note(f"{what}; back to step {self.step}, leaving out {options.skip} batch(es)")
+        steps = f"step {spike}" if first + 1 == spike else f"steps {first + 1} to {spike}"
+        self.progress.note(f"{what}; back to step {self.step}, leaving out {steps}")
         return True
 
     def _newest(self) -> Path | None:
         root = self.out / "checkpoints"
-        chosen, problems = checkpoint.newest_valid(root) if dist.is_main() else (None, [])
+        chosen: Path | None = None
+        problems: list[str] = []
+        error: UserError | None = None
+        if dist.is_main():
+            try:
+                chosen, problems = checkpoint.newest_valid(root)
+            except UserError as cause:
+                error = cause
+        dist.raise_together(error, "looking for a checkpoint")
         step = dist.agree(-1 if chosen is None else checkpoint.step_of(chosen))  # rank 0 decides
         for problem in problems:
             self.progress.note(f"passing over a damaged checkpoint: {problem}")
@@ -267,7 +277,11 @@ class Run:
 
         self._kept += 1
         index = step - 1
-        batches = [self.loader.make(index, micro) for micro in range(self.config.accumulate)]
+        try:
+            batches = [self.loader.make(index, micro) for micro in range(self.config.accumulate)]
+        except (UserError, OSError, MemoryError) as error:  # read again from a disk that may have gone
+            self.progress.note(f"step {step}: its batch cannot be kept: {error}")
+            return
         names = [self.source.name(i) for batch in batches for i in batch.ids.tolist()]
         folder = replay.keep(
             self.out / "refused",

@@ -15,8 +15,10 @@ from selfsup.guard.lease import Lease, holder
 FREE = ("workers", "checkpoint", "eval", "stop_at", "log_every", "tensorboard", "hang_timeout")
 """Keys that may change on resume."""
 
-ANNOUNCED = ("spike",)
-"""Keys that may change on resume, which is said: the run will not be the one it was."""
+ANNOUNCED = ("spike", "accumulate", "grad_checkpointing", "max_nonfinite", "data.max_bad_fraction")
+"""Keys that may change on resume, which is said: the run will not be bit for bit the one it was. They are what the
+messages of a run that was out of memory, spiked, or was stopped by a limit tell the user to change.
+"""
 
 RESOLVED = ("precision", "device", "deterministic", "threads")
 """Keys that 'auto' or null takes over from the run."""
@@ -28,21 +30,37 @@ def claim(out: Path, resume: bool) -> Lease:
     Raises UserError, having changed nothing, also when another process trains in it.
     """
     try:
-        if (out / "config.yaml").exists() and not resume:
-            if (who := holder(out)) is not None:
-                raise UserError(f"--out {out} is in use by {who}; wait for it or stop it, or name another folder")
-            raise UserError(f"--out {out} already holds a run; add --resume to go on with it, or name another folder")
+        str(out).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--out {out}: not UTF-8, and safetensors could not read it again; name another") from None
+    try:
+        if not resume:
+            _refuse_a_run(out)
         if out.exists() and not out.is_dir():
             raise UserError(f"--out {out} is a file; name a folder")
         out.mkdir(parents=True, exist_ok=True)
         lease = Lease.acquire(out, say=lambda text: print(text, file=sys.stderr, flush=True))
-        checkpoint.clean(out)
-        checkpoint.clean(out / "checkpoints")
+        try:
+            if not resume:
+                _refuse_a_run(out, ours=True)  # of a process that had the folder until now
+            checkpoint.clean(out)
+            checkpoint.clean(out / "checkpoints")
+        except BaseException:
+            lease.release()
+            raise
     except OSError as error:
         raise UserError(
             f"--out {out}: cannot be written: {error.strerror or error}; name a folder you may write to"
         ) from None
     return lease
+
+
+def _refuse_a_run(out: Path, ours: bool = False) -> None:
+    if not (out / "config.yaml").exists():
+        return
+    if not ours and (who := holder(out)) is not None:
+        raise UserError(f"--out {out} is in use by {who}; wait for it or stop it, or name another folder")
+    raise UserError(f"--out {out} already holds a run; add --resume to go on with it, or name another folder")
 
 
 def stored_config(out: Path) -> Config | None:
@@ -97,14 +115,14 @@ def check_resume(config: Config, stored: Config) -> list[str]:
         before, after = old.get(key), new.get(key)
         if before == after or key.split(".")[0] in FREE:
             continue
-        if key.split(".")[0] in ANNOUNCED:
+        if key in ANNOUNCED or key.split(".")[0] in ANNOUNCED:
             notes.append(f"{key} changes from {before} to {after}")
             continue
         grows = key in ("steps", "epochs", "samples") and before is not None and after is not None and after > before
         if not grows:
             raise UserError(
                 f"{key}={after!r} differs from the run's {before!r}: a resume keeps everything but "
-                f"{', '.join(FREE)} and a longer duration; start a new run with --out, or drop the change"
+                f"{', '.join((*FREE, *ANNOUNCED))} and a longer duration; start a new run with --out, or drop the change"
             )
         notes.append(f"{key} grows from {before} to {after}: schedules follow the new length")
     return notes

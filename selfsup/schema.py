@@ -223,7 +223,7 @@ class SpikeConfig(Section):
     window: Annotated[int, Field(ge=8)] = 64
     """Steps."""
     skip: Positive = 1
-    """Batches left out: the spiking one and those before it."""
+    """Batches left out: the spiking one and those before it, as far as the checkpoint does not hold them."""
     max_rollbacks: Positive = 3
     """Stop at one more."""
 
@@ -265,7 +265,7 @@ class Config(Section):
     """End early at this step with exit code 75; schedules are left alone."""
     max_nonfinite: Positive = 10
     """Stop after so many steps in a row whose loss or gradients are not finite."""
-    hang_timeout: Annotated[float, Field(gt=0)] = 1800
+    hang_timeout: Annotated[float, Field(ge=1, le=10_000_000)] = 1800
     """Seconds without progress after which a run reports who hangs, and ends; also how long ranks wait for one another."""
 
     @model_validator(mode="before")

@@ -1,5 +1,6 @@
 """Stop signals set a flag; the ranks agree on it at a step boundary, save together, and exit 75."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -27,6 +28,8 @@ class StopSignals:
         self.received: signal.Signals | None = None
         self._interrupts = 0
         self._before: dict[int, Any] = {}
+        self._wake: tuple[int, int] | None = None
+        """The pipe that tells of signals, and the descriptor that was told before."""
         self._pending: tuple[torch.Tensor, td.Work] | None = None
 
     def __enter__(self) -> "StopSignals":
@@ -36,13 +39,33 @@ class StopSignals:
                 outer = getattr(before, "__self__", None)
                 if isinstance(outer, StopSignals):
                     self.received = self.received or outer.received
+            self._count_interrupts()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._wake is not None:
+            signal.set_wakeup_fd(self._wake[1])
+            with contextlib.suppress(OSError):
+                os.write(self._wake[0], b"\0")  # ends the thread
+            os.close(self._wake[0])
+            self._wake = None
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _count_interrupts(self) -> None:
+        """In a thread too: while the main thread waits in a collective for a rank that hangs, it runs no handler."""
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        if before != -1:  # an event loop's, or of the one around this
+            signal.set_wakeup_fd(before)
+            os.close(read)
+            os.close(write)
+            return
+        self._wake = write, before
+        threading.Thread(target=_third_interrupt_kills, args=(read,), name="interrupts", daemon=True).start()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
@@ -69,3 +92,13 @@ class StopSignals:
         if self._pending is not None:
             self._pending[1].wait()
             self._pending = None
+
+
+def _third_interrupt_kills(pipe: int) -> None:
+    """Reads the numbers of signals as the C library's handler writes them; a 0 ends it."""
+    count = 0
+    while (numbers := os.read(pipe, 64)) and 0 not in numbers:
+        count += numbers.count(signal.SIGINT)
+        if count >= 3:
+            os._exit(130)
+    os.close(pipe)

@@ -31,12 +31,14 @@ def verify(run: Path) -> list[Checked]:
     """Every checkpoint of a run, oldest first. Raises UserError if `run` is no run folder."""
     found = []
     for _, folder in checkpoint.steps(_root(run)):
-        nbytes = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
+        nbytes, problem = 0, None
         try:
+            nbytes = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
             checkpoint.verify(folder)
-            found.append(Checked(folder, nbytes, None))
-        except InvalidCheckpoint as error:
-            found.append(Checked(folder, nbytes, str(error)))
+        except (InvalidCheckpoint, OSError) as error:
+            problem = str(error)
+        if folder.is_dir():  # else the run that goes on has pruned it meanwhile
+            found.append(Checked(folder, nbytes, problem))
     return found
 
 

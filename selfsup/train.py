@@ -24,7 +24,7 @@ from selfsup.initialise import initialise
 from selfsup.methods.contract import ViewBatch
 from selfsup.optim import clip_gradients, guarded_step, set_hyperparameters
 from selfsup.recorder import Recorder
-from selfsup.run import Run
+from selfsup.run import KEPT_AT_MOST, Run
 from selfsup.schedules import evaluate
 from selfsup.signals import StopSignals
 
@@ -89,6 +89,8 @@ def train(
             if not (resume and run.resume()):
                 initialise(run.method, config)
             dist.broadcast_module(run.method)
+            if config.checkpoint.keep_best and evaluate is None:
+                run.progress.note("checkpoint.keep_best keeps nothing: there is no evaluation to choose by")
             return _train(run, signals, watch, evaluate, lease.check if lease is not None else lambda: None)
         except (RuntimeError, MemoryError) as error:
             if run is not None and runtime.is_out_of_memory(error):
@@ -234,7 +236,8 @@ def _look(
     found = recorder.flush(figures, last=last, problem=run.problem())
     for refusal in found.refused:
         scale_too_large = run.scale is not None and refusal.in_row == 1  # routine in fp16: the scale is halved
-        if dist.rank() in (refusal.ranks or [0]) and not scale_too_large:
+        # not every rank of a large job: each writes the weights before it learns that enough is kept
+        if dist.rank() in (refusal.ranks or [0])[:KEPT_AT_MOST] and not scale_too_large:
             run.keep_refused(refusal.step, refusal.parts, refusal.steps_since)
     if found.too_many is not None:
         raise found.too_many

@@ -13,7 +13,9 @@ for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_PROCID"
 
 import pytest  # noqa: E402
 
-pytest_plugins = ["tests.faults.table", "tests.slurm.session"]  # here, and not in their own folders: see each
+# here, and not in their own folders: a process that collects nothing still prints their summaries,
+# and other folders use a cluster too
+pytest_plugins = ["tests.faults.table", "tests.fuzz.cases", "tests.slurm.session"]
 
 ALLOWED_SKIPS = ("no CUDA",)
 """Reasons for which a skipped test is no failure in CI: hardware that the machine does not have."""

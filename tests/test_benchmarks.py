@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import present, protocol, run
+from benchmarks import checkpoint, present, protocol, run
 from benchmarks.equality import compare, distance
 from benchmarks.protocol import Result
 from benchmarks.rows import ROWS, Row, initial_state, normalised
@@ -171,3 +171,19 @@ def test_runs_as_a_script():
     command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--help"]
     done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "--peer" in done.stdout, done.stderr
+
+
+def test_cost_of_saving(capsys: pytest.CaptureFixture[str]):
+    """The demo with few saves: every save is counted, what is printed is what was measured, and the trainer is put back."""
+    from selfsup import run as running
+    from selfsup import train
+
+    case = checkpoint.Case("demo", ("eval.every=null", "global_batch=4"), 2, 2)
+    found = checkpoint.measure(case, 2, 1)
+    assert 20 < found["state_mb"] < 24 and found["saves"] == 2
+    assert 0 < found["blocked_ms"] < found["durable_ms"] and found["share_low"] <= found["share"] <= found["share_high"]
+    assert train.Run is running.Run
+    found |= checkpoint.startup(case, 1, 1)
+    assert found["startup_fresh_s"] > 0
+    print("\n".join(checkpoint.lines(found)))
+    assert f"{found['share']:.2%} of step time" in capsys.readouterr().out

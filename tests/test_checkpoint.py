@@ -200,7 +200,7 @@ def test_files_are_synced_before_the_rename(tmp_path: Path) -> None:
     renamed = events.index(("rename", str(folder)))
     synced = [Path(path) for kind, path in events[:renamed] if kind == "fsync"]
     assert {p.name for p in synced} >= set(names(folder))
-    assert synced[-1].is_relative_to(tmp_path) and synced[-1].name.endswith(folder.name)
+    assert synced[-1].is_relative_to(tmp_path) and folder.name in synced[-1].name
     assert ("fsync", str(tmp_path)) in events[renamed:]
 
 

@@ -249,3 +249,12 @@ def test_spinning_threads_are_tamed_before_torch(tmp_path: Path) -> None:
     for given, expected in (({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
         done = subprocess.run([sys.executable, "-c", script], env={**env, **given}, capture_output=True, text=True)
         assert re.search(r"spin (\d+)", done.stdout)[1] == expected
+
+
+@pytest.mark.parametrize("stream", ["1>/dev/full", "2>/dev/full", "1>/dev/full 2>/dev/full", "2>&-"])
+def test_an_output_on_a_full_disk_changes_nothing(recipe: Path, tmp_path: Path, stream: str) -> None:
+    """The run ends as it would: a scheduler goes by the exit code, which is not 1 and not Python's 120."""
+    command = f"{sys.executable} -m selfsup.cli train {recipe} --out {tmp_path / 'run'}"
+    for more, code in (("stop_at=5", 75), ("--resume", 0), ("--resume no_such_key=1", 2)):
+        assert subprocess.run(f"{command} {more} {stream}", shell=True, timeout=100).returncode == code
+    assert (tmp_path / "run" / "backbone" / "model.safetensors").is_file()

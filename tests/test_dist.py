@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from selfsup import checkpoint, dist, durable
-from selfsup.checkpoint_writer import save
+from selfsup.checkpoint_writer import Writer, save
 from selfsup.errors import UserError
 from selfsup.signals import StopSignals
 
@@ -213,7 +213,10 @@ except UserError as error:
 if rank == world - 1:
     durable.write = real
 save(root, 4, state(4))
-report(expected=expected, messages=messages)
+writer = Writer(root, checkpoint.Retention(3))
+writer.save(6, state(6))
+writer.wait()
+report(expected=expected, messages=messages, copied=sorted(writer._host))
 """
 
 
@@ -221,8 +224,9 @@ def test_checkpoint_by_two_ranks(tmp_path: Path) -> None:
     """Each rank's generator is in its own file; a rank whose disk is full stops the save on all, and the next one works."""
     found = start(SAVE, tmp_path, 2)
     folder, problems = newest_valid(tmp_path / "checkpoints")
-    assert folder is not None and folder.name == "step_00000004" and problems == []
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000002", "step_00000004"]
+    assert folder is not None and folder.name == "step_00000006" and problems == []
+    steps = [f"step_{step:08d}" for step in (2, 4, 6)]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", *steps]
     assert verify(folder)["world_size"] == 2
     for rank, f in enumerate(found):
         before = torch.get_rng_state()
@@ -230,6 +234,7 @@ def test_checkpoint_by_two_ranks(tmp_path: Path) -> None:
         assert torch.rand(4).tolist() == f["expected"]
         torch.set_rng_state(before)
         assert len(f["messages"]) == 1
+        assert (f["copied"] == ["rank/rng.torch"]) is (rank > 0), "host memory for what another rank writes"
     assert "No space left" in found[1]["messages"][0] and "another rank" in found[0]["messages"][0]
 
 

@@ -1,13 +1,15 @@
 """metrics.jsonl holds each step once whatever happened; progress is readable on a terminal and in a file."""
 
+import contextlib
 import io
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
 
-from selfsup.log import MetricsLog, Progress, TensorBoard, duration, read_metrics
+from selfsup.log import MetricsLog, Progress, TensorBoard, duration, last_step, read_metrics
 
 
 def write(path: Path, steps: range, resume: int = 0, extra: str = "") -> None:
@@ -152,3 +154,35 @@ def test_tensorboard_is_optional(tmp_path: Path) -> None:
         events = EventAccumulator(str(tmp_path / "tb")).Reload()
         assert {"loss", "health/kl"} <= set(events.Tags()["scalars"])
         assert events.Scalars("loss")[0].step == 1
+
+
+def test_a_run_does_not_end_for_want_of_tensorboard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file in the way, a path that is not UTF-8: said once, and nothing more."""
+    pytest.importorskip("tensorboard")
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file" / "tb", tmp_path / "\udcff" / "tb"):
+        board = TensorBoard(folder, 0)
+        board.write({"step": 1, "loss": 0.5})
+        board.close()
+        assert capsys.readouterr().err.count("no TensorBoard files") == 1
+
+
+def test_progress_on_a_disk_that_is_full() -> None:
+    """Or on a terminal that was closed: no reason to end a run of weeks."""
+    with open("/dev/full", "w") as stream:
+        progress = Progress(20, 0, stream=stream)
+        progress.show(10, "figures")
+        progress.note("something happened")
+        with contextlib.suppress(OSError):
+            stream.close()
+
+
+def test_a_tail_of_zeros(tmp_path: Path) -> None:
+    """As a crash leaves them on some file systems: passed over in no time, however long, and cut off by a resume."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + bytes(200 << 20))
+    began = time.monotonic()
+    assert last_step(path) == 2
+    MetricsLog(path, 2).close()
+    assert time.monotonic() - began < 10
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'

@@ -1,6 +1,9 @@
 """A run folder: who may write into it, what a resume may change, and a config.yaml that is a recipe."""
 
+import json
 import os
+import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import pytest
 from selfsup import methods, runfolder, runtime
 from selfsup.config import Config, load
 from selfsup.errors import UserError
+from selfsup.guard.processes import Process
 
 
 def resolved(*overrides: str) -> Config:
@@ -132,7 +136,6 @@ def test_free_changes(change: str) -> None:
     [
         ("seed=1", "seed"),
         ("global_batch=32", "global_batch"),
-        ("accumulate=2", "accumulate"),
         ("optimizer.lr=0.1", "optimizer.lr"),
         ("data=elsewhere", "data.path"),
         ("backbone=resnet18", "backbone.name"),
@@ -151,6 +154,22 @@ def test_refused_changes(change: str, key: str) -> None:
     with pytest.raises(UserError) as caught:
         runfolder.check_resume(resolved(change) if "epochs" not in change else grown(change), resolved())
     assert key in str(caught.value) and len(str(caught.value).splitlines()) <= 2
+
+
+@pytest.mark.parametrize(
+    "change, key",
+    [
+        ("spike.max_rollbacks=5", "spike.max_rollbacks"),
+        ("accumulate=2", "accumulate"),
+        ("grad_checkpointing=true", "grad_checkpointing"),
+        ("max_nonfinite=50", "max_nonfinite"),
+        ("data.max_bad_fraction=0.5", "data.max_bad_fraction"),
+    ],
+)
+def test_what_messages_advise_is_announced(change: str, key: str) -> None:
+    """Out of memory: 'try accumulate=2'. A resume that refused it would leave nothing but a new run."""
+    (note,) = runfolder.check_resume(resolved(change), resolved())
+    assert note.startswith(f"{key} changes from ")
 
 
 def grown(change: str) -> Config:
@@ -173,3 +192,28 @@ def test_auto_means_what_the_run_used() -> None:
     assert runfolder.check_resume(methods.complete(runtime.resolve(adopted)), stored) == []
     said = runfolder.adopt(load(None, ["steps=100", "threads=2", "precision=fp32"]), stored)
     assert (said.threads, said.precision) == (2, "fp32")
+
+
+def test_a_run_that_ended_while_its_lease_was_watched(tmp_path: Path) -> None:
+    """A fresh start waits for another host's lease; when it gets the folder there is a run in it: it must stay."""
+    elsewhere = {**asdict(Process.current()), "boot": "another", "token": "x"}
+    (tmp_path / "lease.json").write_text(json.dumps(elsewhere))
+
+    def end() -> None:
+        runfolder.write_config(tmp_path, resolved())
+        (tmp_path / "lease.json").unlink()
+
+    timer = threading.Timer(1.0, end)
+    timer.start()
+    with pytest.raises(UserError, match="already holds a run"):
+        runfolder.claim(tmp_path, resume=False)
+    timer.join()
+    assert not (tmp_path / "lease.json").exists()
+    runfolder.claim(tmp_path, resume=True).release()
+
+
+def test_a_name_that_could_not_be_resumed(tmp_path: Path) -> None:
+    """safetensors opens no file whose path is not UTF-8: said before the first step and not at the resume."""
+    with pytest.raises(UserError, match="not UTF-8"):
+        runfolder.claim(tmp_path / "a\udcff", resume=False)
+    assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -80,3 +81,53 @@ def test_third_interrupt_kills() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 130
     assert done.stdout.split() == ["0", "1"]
+
+
+def test_third_interrupt_kills_in_the_middle_of_a_call() -> None:
+    """A collective that waits for a rank that hangs runs no handler: the process can still be left."""
+    script = (
+        "import ctypes\n"
+        "from selfsup.signals import StopSignals\n"
+        "c = ctypes.CDLL(None)\n"
+        "mutex = ctypes.create_string_buffer(256)\n"
+        "with StopSignals(), StopSignals():\n"
+        "    c.pthread_mutex_lock(mutex)\n"
+        "    print('waits', flush=True)\n"
+        "    c.pthread_mutex_lock(mutex)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "waits\n"
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_an_event_loop_keeps_its_descriptor() -> None:
+    """Who was told of signals before is told after, and meanwhile."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    before = signal.set_wakeup_fd(write)
+    try:
+        with StopSignals():
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert os.read(read, 8) == bytes([signal.SIGUSR1])
+    finally:
+        assert signal.set_wakeup_fd(before) == write
+        os.close(read)
+        os.close(write)
+    threads = threading.active_count()
+    for _ in range(3):
+        with StopSignals():
+            pass
+    deadline = time.monotonic() + 5
+    while threading.active_count() > threads:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert signal.set_wakeup_fd(-1) == before

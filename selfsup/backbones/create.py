@@ -14,8 +14,9 @@ from selfsup.backbones.backbone import Backbone, _pair
 from selfsup.backbones.positions import PosInterp, set_pos_interp
 from selfsup.config import BackboneConfig, suggest
 from selfsup.errors import UserError
+from selfsup.wording import one_line
 
-_OWNED = {
+OWNED = {
     "num_classes": "a backbone has no classifier",
     "features_only": "use Backbone.feature_maps",
     "checkpoint_path": "use init_from",
@@ -37,7 +38,7 @@ def create_backbone(
     unknown names and options, with a suggestion.
     """
     options = dict(config.options)
-    for key, why in _OWNED.items():
+    for key, why in OWNED.items():
         if key in options:
             raise UserError(f"backbone.{key}={options[key]!r}: {why}; leave it out")
     if options.get("global_pool", "avg") == "":
@@ -117,11 +118,11 @@ def _refused(name: str, options: dict[str, Any], error: Exception, pretrained: b
     match = re.search(r"(?:(\w+)\.)?__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     if match:
         owner, key = match.groups()
-        return UserError(f"backbone.{key}: not an option of timm's {name}{suggest(key, _option_names(name, owner))}")
+        return UserError(f"backbone.{one_line(key)}: not an option of timm's {name}{suggest(key, _option_names(name, owner))}")
     match = re.search(r"got multiple values for keyword argument '(\w+)'", text)
     if match:
         return UserError(f"backbone.{match.group(1)}: timm fixes it for {name}; leave it out")
-    text = text if len(text) <= 160 else text[:157] + "..."
+    text = one_line(text, 160)
     if pretrained:
         return UserError(
             f"backbone.pretrained=true: the weights of {name} could not be fetched or loaded ({text}); "
@@ -129,7 +130,7 @@ def _refused(name: str, options: dict[str, Any], error: Exception, pretrained: b
         )
     given = ", ".join(f"{k}={v!r}" for k, v in options.items() if k not in ("num_classes", "in_chans"))
     kind = type(error).__name__
-    return UserError(f"backbone.name={name}: timm refuses the options ({given or 'none'}): {kind}: {text}")
+    return UserError(f"backbone.name={name}: timm refuses the options ({one_line(given) or 'none'}): {kind}: {text}")
 
 
 def _option_names(name: str, owner: str | None) -> list[str]:

@@ -5,22 +5,23 @@ import json
 import math
 import pickle
 import sys
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from selfsup import config as configuration
 from selfsup.backbones.backbone import Backbone, _pair
-from selfsup.backbones.create import build, create_backbone, wrap
+from selfsup.backbones.create import OWNED, build, create_backbone, wrap
 from selfsup.backbones.infer import infer
 from selfsup.backbones.keys import HEADS, Branch, State, convert
 from selfsup.backbones.positions import PosInterp, can_choose, resample_tokens
 from selfsup.errors import UserError
+from selfsup.wording import one_line
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
@@ -168,12 +169,13 @@ def _open(path: Path, branch: Branch) -> _Source:
 def newest_checkpoint(run: Path) -> Path:
     """The newest checkpoint of a run: what `latest` names, or else the highest step."""
     folder = run / "checkpoints"
-    latest = folder / "latest"
-    if latest.is_file():
-        named = folder / latest.read_text().strip()
-        if (named / "model.safetensors").is_file():
-            return named
     found = sorted(folder.glob("step_*/model.safetensors"))
+    try:
+        named = (folder / "latest").read_text().strip()
+    except (OSError, ValueError):  # missing or damaged; ValueError: no text
+        named = ""
+    if named in {weights.parent.name for weights in found}:
+        return folder / named
     if not found:
         raise UserError(f"{run}: the run has no backbone/ and no checkpoint yet; train it first")
     return found[-1].parent
@@ -182,10 +184,12 @@ def newest_checkpoint(run: Path) -> Path:
 def _open_folder(path: Path) -> _Source:
     try:
         recorded = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}/config.json: cannot be read: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}/config.json: cannot be read: {one_line(error)}") from None
     if not isinstance(recorded, dict) or "architecture" not in recorded:
         raise UserError(f"{path}/config.json: not timm's: no 'architecture'; give the weights file and name=TIMM_NAME")
+    if fault := _fault(recorded):
+        raise UserError(f"{path}/config.json: {one_line(fault)}")
     files = [path / "model.safetensors", path / "pytorch_model.bin", *sorted(path.glob("*.safetensors"))]
     weights = next((f for f in files if f.is_file()), None)
     if weights is None:
@@ -198,6 +202,37 @@ def _open_folder(path: Path) -> _Source:
         h, w = _pair(size)
         source.grid = (h // kernel.shape[2], w // kernel.shape[3])
     return source
+
+
+def _fault(recorded: dict[str, Any]) -> str:
+    """What in a config.json cannot be used; '' if nothing is."""
+    cfg = recorded.get("pretrained_cfg", recorded)
+    tables = {"model_args": recorded.get("model_args", {}), "pretrained_cfg": cfg, "selfsup": recorded.get("selfsup", {})}
+    for key, value in tables.items():
+        if not isinstance(value, dict):
+            return f"{key} is {value!r}; a table is needed"
+    if not isinstance(recorded["architecture"], str):
+        return f"architecture is {recorded['architecture']!r}; a name of timm's is needed"
+    size = cfg.get("input_size", (3, 224, 224))
+    if not _numbers(size, int) or len(size) != 3 or min(size) < 1:
+        return f"input_size is {size!r}; [channels, height, width] is needed"
+    for key in ("mean", "std"):
+        if not _numbers(cfg.get(key, (0.5,)), (int, float)):
+            return f"{key} is {cfg[key]!r}; a list of numbers is needed"
+    if (interp := tables["selfsup"].get("pos_interp", "timm")) not in typing.get_args(PosInterp):
+        return f"selfsup.pos_interp is {interp!r}; known are {', '.join(typing.get_args(PosInterp))}"
+    if owned := (OWNED.keys() - {"num_classes"}) & tables["model_args"].keys():
+        return f"model_args.{min(owned)} has no place there"  # some would load other files
+    channels, size = (tables["model_args"].get(key, 3) for key in ("in_chans", "img_size"))
+    if not _numbers([channels], int) or channels < 1:
+        return f"model_args.in_chans is {channels!r}; a number is needed"
+    if not (_numbers([size], int) or (_numbers(size, int) and len(size) == 2)):
+        return f"model_args.img_size is {size!r}; a number or [height, width] is needed"
+    return ""
+
+
+def _numbers(values: Any, kinds: type | tuple[type, ...]) -> bool:
+    return isinstance(values, (list, tuple)) and all(isinstance(v, kinds) and not isinstance(v, bool) for v in values)
 
 
 def _open_checkpoint(path: Path, branch: Branch) -> _Source:
@@ -226,12 +261,14 @@ def read_weights(path: Path) -> dict[str, Any]:
         # DINO's training checkpoints carry their arguments: an argparse.Namespace is a plain container too.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except (UserError, MemoryError):
+        raise
     except pickle.UnpicklingError as error:
         reason = str(error).split("Unsupported global: GLOBAL ")
         what = f"it holds a {reason[1].split(' ')[0]}" if len(reason) > 1 else "it is no torch file, or damaged"
         raise UserError(f"{path}: not loaded: {what}; save its state dict alone, or as .safetensors") from None
-    except (OSError, SafetensorError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())[:160]}") from None
+    except Exception as error:  # OSError, SafetensorError, RuntimeError; of a damaged pickle IndexError, TypeError, ...
+        raise UserError(f"{path}: cannot be read: {one_line(error, 160) or type(error).__name__}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------- matching

@@ -9,11 +9,13 @@ import numpy as np
 
 from selfsup.config import DataConfig
 from selfsup.data.base import Names, Source, retried, text
-from selfsup.data.decode import SUFFIXES, BadImage, Pixels, decode
+from selfsup.data.decode import SUFFIXES, BadImage, Pixels, check_bytes, decode
 from selfsup.data.files import is_image
 from selfsup.errors import UserError
+from selfsup.wording import one_line
 
 _LOCAL = 30  # bytes of a local file header before the name (APPNOTE 6.3, section 4.3.7)
+_HUGE = 2**62
 _MARGIN = 64  # its extra field; a longer one costs a second read
 
 
@@ -25,15 +27,16 @@ class ZipSource(Source):
         self.path, self._title = os.path.abspath(path), title or path
         self._file: int | None = None
         try:
+            self._size = os.stat(path).st_size
             with zipfile.ZipFile(path) as archive:
                 entries = [e for e in archive.infolist() if not e.is_dir() and is_image(os.fsencode(e.filename))]
-        except (OSError, zipfile.BadZipFile) as error:
-            raise UserError(f"data: the archive {path} cannot be read: {error}") from None
+        except Exception as error:  # OSError, BadZipFile; of damaged ones NotImplementedError, UnicodeError, struct.error, ...
+            raise UserError(f"data: the archive {one_line(path)} cannot be read: {one_line(error)}") from None
         entries = [e for e in entries if not e.filename.startswith("__MACOSX/")]
         if not entries:
-            raise UserError(f"data: no images in {path}; looked for {' '.join(SUFFIXES)}, in any case")
+            raise UserError(f"data: no images in {one_line(path)}; looked for {' '.join(SUFFIXES)}, in any case")
         if any(e.flag_bits & 1 or e.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for e in entries):
-            raise UserError(f"data: {path} holds encrypted or unusually compressed files; store or deflate them")
+            raise UserError(f"data: {one_line(path)} holds encrypted or unusually compressed files; store or deflate them")
         entries.sort(key=lambda e: e.filename)
         self._names = Names()
         classes: dict[str, int] = {}
@@ -44,7 +47,10 @@ class ZipSource(Source):
             labels.append(classes.setdefault(head, len(classes)) if slash else -1)
         # [N,5]: where, bytes stored, bytes unpacked, checksum, deflated?
         self._table = np.array(
-            [(e.header_offset, e.compress_size, e.file_size, e.CRC, e.compress_type != zipfile.ZIP_STORED) for e in entries],
+            [
+                (*(min(n, _HUGE) for n in (e.header_offset, e.compress_size, e.file_size)), e.CRC, e.compress_type != 0)
+                for e in entries
+            ],
             dtype=np.int64,
         )
         self._labels = None
@@ -61,6 +67,9 @@ class ZipSource(Source):
 
     def _unpack(self, i: int) -> bytes:
         offset, stored, unpacked, checksum, deflated = self._table[i].tolist()
+        if offset < 0 or offset + stored > self._size:
+            raise BadImage("the archive is truncated or was changed")
+        check_bytes(unpacked, self.channels, self.config.max_pixels)
         head = retried(lambda: self._pread(_LOCAL + len(self._names[i]) + _MARGIN + stored, offset))
         start = _LOCAL + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
         data = head[start : start + stored]

@@ -14,6 +14,7 @@ import numpy as np
 
 from selfsup.config import DataConfig
 from selfsup.data.decode import BadImage, Pixels
+from selfsup.wording import printable
 
 T = TypeVar("T")
 
@@ -88,8 +89,8 @@ class Names:
 
 
 def text(name: bytes) -> str:
-    """A file name for people: undecodable bytes are shown escaped."""
-    return os.fsdecode(name).encode("utf-8", "backslashreplace").decode("utf-8")
+    """A file name for people: what cannot be printed is escaped."""
+    return printable(os.fsdecode(name))
 
 
 def retried(function: Callable[[], T]) -> T:

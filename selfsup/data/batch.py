@@ -13,6 +13,7 @@ from selfsup.data.decode import BadImage
 from selfsup.data.sampler import Order, step_positions
 from selfsup.data.views import P, Prepared, View, crops_of, draw, prepare, resolutions
 from selfsup.errors import UserError
+from selfsup.wording import one_line
 
 _PROBES = 1000
 _PIXELS_AT_ONCE = 16_000_000
@@ -111,7 +112,7 @@ class BatchMaker:
             except BadImage as error:
                 bad.append((self.source.name(found), str(error)))
         name, reason = bad[-1]
-        raise UserError(f"data: {min(n, _PROBES)} images in a row cannot be read; the last is {name}: {reason}")
+        raise UserError(f"data: {min(n, _PROBES)} images in a row cannot be read; the last is {one_line(name)}: {reason}")
 
     def _decoded(self, i: int) -> Prepared:
         """Image i; decoded images of a small set of small images are kept."""

@@ -13,6 +13,7 @@ from selfsup.config import DataConfig, suggest
 from selfsup.data.base import Source
 from selfsup.data.decode import BadImage, Pixels, convert, decode, from_array
 from selfsup.errors import UserError
+from selfsup.wording import one_line
 
 _LABEL_ATTRIBUTES = ("targets", "labels", "_labels", "y")
 
@@ -44,7 +45,7 @@ class DatasetSource(Source):
         try:
             image, _ = _parts(self.dataset[i])
         except (OSError, SyntaxError, EOFError) as error:  # what decoders raise; anything else is a defect to be seen
-            raise BadImage(f"broken: {' '.join(str(error).split())}") from None
+            raise BadImage(f"broken: {one_line(error)}") from None
         return self._convert(image)
 
     def _convert(self, image: Any) -> Pixels:
@@ -95,7 +96,7 @@ def open_torchvision(name: str, root: str | None, split: str, channels: int, con
     known = [n for n in zoo.__all__ if inspect.isclass(getattr(zoo, n))]
     kind = {n.lower(): getattr(zoo, n) for n in known}.get(name.lower())
     if kind is None:
-        raise UserError(f"data: torchvision has no data set {name!r}{suggest(name, known)}; see torchvision.datasets")
+        raise UserError(f"data: torchvision has no data set {one_line(name)!r}{suggest(name, known)}; see torchvision.datasets")
     root = root or os.path.join(os.path.expanduser("~"), ".cache", "torchvision")
     accepted = inspect.signature(kind.__init__).parameters
     options: dict[str, Any] = {"root": root}
@@ -111,8 +112,8 @@ def open_torchvision(name: str, root: str | None, split: str, channels: int, con
     except Exception as error:
         fetch = ", ".join(f"{k}={v!r}" for k, v in {**options, "download": True}.items())
         command = f'python -c "from torchvision.datasets import *; {kind.__name__}({fetch})"'
-        hint = f"; fetch it once: {command}" if "download" in options else ""
-        raise UserError(f"data: torchvision's {kind.__name__} in {root}: {' '.join(str(error).split())}{hint}") from None
+        hint = f"; fetch it once: {one_line(command, 400)}" if "download" in options else ""
+        raise UserError(f"data: torchvision's {kind.__name__} in {one_line(root)}: {one_line(error)}{hint}") from None
     return DatasetSource(dataset, channels, config, f"torchvision:{kind.__name__}:{split}")
 
 
@@ -123,9 +124,9 @@ def open_timm(name: str, root: str | None, split: str, channels: int, config: Da
     try:
         dataset = create_dataset(name, root=root, split=split)
     except Exception as error:
-        raise UserError(f"data: timm's data set {name!r} in {root}: {' '.join(str(error).split())}") from None
+        raise UserError(f"data: timm's data set {one_line(name)!r} in {one_line(root)}: {one_line(error)}") from None
     if not hasattr(dataset, "__getitem__") or isinstance(dataset, torch.utils.data.IterableDataset):
-        raise UserError(f"data: timm's {name!r} is a stream; training needs random access: give a folder or a hfds/ name")
+        raise UserError(f"data: timm's {one_line(name)!r} is a stream; training needs random access: give a folder or a hfds/ name")
     return DatasetSource(dataset, channels, config, f"timm:{name}:{split}")
 
 

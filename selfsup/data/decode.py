@@ -13,17 +13,19 @@ What becomes of which file:
 """
 
 import io
+import math
 import os
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from selfsup.errors import UserError
+from selfsup.wording import one_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".npy", ".jfif", ".ppm", ".pgm", ".jp2", ".avif")
 """What a folder is searched for, in any case."""
@@ -52,7 +54,7 @@ def decode(
     does not hold a complete image of at most `max_pixels` pixels and a convertible number of channels.
     """
     try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        data = source if isinstance(source, bytes) else read_file(source, channels, max_pixels)
     except OSError as error:
         raise BadImage(f"cannot be read: {error.strerror or error}") from None
     if not data:
@@ -69,6 +71,27 @@ def decode(
         raise BadImage(f"more than max_pixels={max_pixels} pixels") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, zlib.error, ...
         raise BadImage(_reason(data, error)) from None
+
+
+def read_file(path: str | bytes | os.PathLike[str], channels: int, max_pixels: int) -> bytes:
+    """A file's bytes. Raises OSError, and BadImage for what is no file or larger than any image of `max_pixels` pixels."""
+    try:
+        # a pipe without a writer would be waited for
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+    except ValueError as error:  # a NUL in the name
+        raise BadImage(f"cannot be read: {error}") from None
+    with open(handle, "rb") as file:
+        info = os.fstat(handle)
+        if not stat.S_ISREG(info.st_mode):
+            raise BadImage("a folder, a device or a pipe, and no file")
+        check_bytes(info.st_size, channels, max_pixels)
+        return file.read()
+
+
+def check_bytes(size: int, channels: int, max_pixels: int) -> None:
+    """Raise BadImage if a file of `size` bytes cannot be an image of at most `max_pixels` pixels of eight bytes a channel."""
+    if size > 8 * max(4, channels) * max_pixels + 10_000_000:
+        raise BadImage(f"{size} bytes, more than an image of max_pixels={max_pixels} has")
 
 
 def from_array(
@@ -110,7 +133,8 @@ def to_uint8(array: np.ndarray, value_range: tuple[float, float] | None = None) 
         else:
             raise BadImage(f"array of type {array.dtype}: give data.value_range=[low, high]")
     low, high = value_range
-    scaled = (array.astype(np.float64) - low) * (255.0 / (high - low))
+    with np.errstate(all="ignore"):  # infinities
+        scaled = (array.astype(np.float64) - low) * (255.0 / (high - low))
     if array.dtype.kind == "f":
         nan = np.isnan(scaled)
         if nan.all():
@@ -209,7 +233,7 @@ def _npy(data: bytes, max_pixels: int) -> np.ndarray:
     shape, _, dtype = read_header(stream)
     if dtype.hasobject:
         raise BadImage("an .npy file of Python objects; an image is uint8, uint16 or float")
-    expected = stream.tell() + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    expected = stream.tell() + math.prod(shape) * dtype.itemsize
     if expected > len(data):
         raise BadImage(f"truncated: {len(data)} of {expected} bytes")
     return np.load(io.BytesIO(data), allow_pickle=False)
@@ -255,4 +279,4 @@ def _reason(data: bytes, error: Exception) -> str:
         if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")):
             return "not an image but HTML or XML"
         return f"not an image; starts with {data[:8]!r}"
-    return f"broken: {' '.join(str(error).split()) or type(error).__name__}"
+    return f"broken: {one_line(error) or type(error).__name__}"

@@ -16,6 +16,7 @@ from selfsup.data.decode import BadImage, Pixels
 from selfsup.data.views import RESAMPLE, resized_array
 from selfsup.data.workers import items
 from selfsup.errors import UserError
+from selfsup.wording import one_line
 
 
 def eval_crop(image: Pixels, size: int, resize: int | None, interpolation: str = "bicubic", crop: bool = True) -> np.ndarray:
@@ -79,7 +80,7 @@ def eval_batches(
         for pixels, labels, ids, bad in made:
             for name, reason in bad:
                 if on_bad is None:
-                    raise UserError(f"data: {name} cannot be read: {reason}")
+                    raise UserError(f"data: {one_line(name)} cannot be read: {reason}")
                 on_bad(name, reason)
             if len(ids):
                 yield torch.addcmul(shift, pixels.permute(0, 3, 1, 2).to(torch.float32), scale).contiguous(), labels, ids

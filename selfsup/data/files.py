@@ -3,14 +3,14 @@
 import os
 from array import array
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
 from selfsup.config import DataConfig
 from selfsup.data.base import Names, Source, retried, text
-from selfsup.data.decode import SUFFIXES, Pixels, decode
+from selfsup.data.decode import SUFFIXES, Pixels, decode, read_file
 from selfsup.errors import UserError
+from selfsup.wording import one_line
 
 _SUFFIXES = tuple(os.fsencode(s) for s in SUFFIXES)
 _LARGEST_LABEL = 10_000_000
@@ -36,7 +36,7 @@ class FolderSource(Source):
             head, slash, _ = relative.partition(b"/")
             labels.append(classes.setdefault(head, len(classes)) if slash else -1)
         if not len(self._names):
-            raise UserError(f"data: no images in {root}; looked in it and below for {' '.join(SUFFIXES)}, in any case")
+            raise UserError(f"data: no images in {one_line(root)}; looked in it and below for {' '.join(SUFFIXES)}, in any case")
         self._labels = None
         if len(classes) > 1 and min(labels) >= 0:
             self._labels = np.array(labels, dtype=np.int64)
@@ -79,11 +79,16 @@ class ListSource(Source):
                     self._names.append(name)
                     codes.append(known.setdefault(label, len(known)) if label else -1)
         except OSError as error:
-            raise UserError(f"data: the list {path} cannot be read: {error.strerror}") from None
+            raise UserError(f"data: the list {one_line(path)} cannot be read: {error.strerror}") from None
         if not len(self._names):
-            raise UserError(f"data: the list {path} names no files; write one path a line, then optionally a tab and a label")
+            raise UserError(
+                f"data: the list {one_line(path)} names no files; write one path a line, then optionally a tab and a label"
+            )
         if not any(os.path.exists(self._path(i)) for i in range(min(len(self), 100))):
-            raise UserError(f"data: {path} line 1: no file {text(self._path(0))}; paths are relative to the list's folder")
+            missing = one_line(text(self._path(0)))
+            raise UserError(
+                f"data: {one_line(path)} line 1: no file {missing}; paths are relative to the list's folder"
+            )
         self._labels = self._resolve(np.array(codes, dtype=np.int64), list(known)) if known else None
 
     def _resolve(self, codes: np.ndarray, words: list[bytes]) -> np.ndarray:
@@ -133,8 +138,8 @@ def _split_line(line: bytes) -> tuple[bytes, bytes]:
 
 
 def _read_file(path: bytes, source: Source) -> Pixels:
-    data = retried(lambda: Path(os.fsdecode(path)).read_bytes())
-    return decode(data, source.channels, source.config.max_pixels, source.config.value_range)
+    channels, limit = source.channels, source.config.max_pixels
+    return decode(retried(lambda: read_file(path, channels, limit)), channels, limit, source.config.value_range)
 
 
 def _walk(root: bytes) -> Iterator[bytes]:
@@ -161,7 +166,7 @@ def _walk(root: bytes) -> Iterator[bytes]:
                     elif is_image(entry.name):
                         files.append(entry.name)
         except OSError as error:
-            raise UserError(f"data: the folder {text(folder)} cannot be read: {error.strerror}") from None
+            raise UserError(f"data: the folder {one_line(text(folder))} cannot be read: {error.strerror}") from None
         prefix = below + b"/" if below else b""
         yield from (prefix + name for name in sorted(files))
         stack += [(prefix + name, above | {here}) for name in sorted(folders, reverse=True)]

@@ -14,6 +14,7 @@ from selfsup.data.base import Source
 from selfsup.data.decode import BadImage, Pixels
 from selfsup.data.files import FolderSource, ListSource
 from selfsup.errors import UserError
+from selfsup.wording import one_line
 
 __all__ = ["BadImage", "Pixels", "Source", "Subset", "open_source", "wrap_dataset"]
 
@@ -27,26 +28,29 @@ def open_source(spec: str, *, channels: int, config: DataConfig | None = None) -
     spec: a folder (flat, or with class folders), a .txt list, a .zip, `demo` or `demo:val` (bundled), or
     `torchvision:NAME[:ROOT[:SPLIT]]`, `timm:NAME[:ROOT[:SPLIT]]`. Raises UserError when there is nothing to read.
     """
-    config = config or DataConfig()
+    config, shown = config or DataConfig(), f"data={one_line(spec)}"
     kind, _, rest = spec.partition(":")
     if kind == "demo":  # a folder of that name is ./demo
         split = rest or "train"
         if split not in _DEMO_SPLITS:
-            raise UserError(f"data={spec}: no such part of the demo images; write demo, demo:train or demo:val")
+            raise UserError(f"{shown}: no such part of the demo images; write demo, demo:train or demo:val")
         return ZipSource(str(_DEMO / f"{split}.zip"), channels, config, title=f"demo:{split}")
     if kind in ("torchvision", "timm") and rest:
         return _open_named(kind, rest, channels, config)
-    path = os.path.expanduser(spec)
+    try:
+        path = os.path.expanduser(spec)
+    except ValueError as error:  # a NUL, or half a character, after ~
+        raise UserError(f"{shown}: not a path: {one_line(error)}") from None
     if os.path.isdir(path):
         return FolderSource(path, channels, config)
     if not os.path.exists(path):
-        near = suggest(spec, ["demo", "demo:train", "demo:val", *_siblings(path)])
-        raise UserError(f"data={spec}: no such folder or file{near}; give a folder, a .txt list, demo, or torchvision:NAME:ROOT")
+        near = one_line(suggest(spec, ["demo", "demo:train", "demo:val", *_siblings(path)]))
+        raise UserError(f"{shown}: no such folder or file{near}; give a folder, a .txt list, demo, or torchvision:NAME:ROOT")
     if path.lower().endswith(".txt"):
         return ListSource(path, channels, config)
     if path.lower().endswith(".zip"):
         return ZipSource(path, channels, config)
-    raise UserError(f"data={spec}: a file that is neither a .txt list nor a .zip; give the folder that holds the images")
+    raise UserError(f"{shown}: a file that is neither a .txt list nor a .zip; give the folder that holds the images")
 
 
 def wrap_dataset(dataset: Any, *, channels: int, config: DataConfig | None = None, name: str | None = None) -> Source:
@@ -97,5 +101,5 @@ def _siblings(path: str) -> list[str]:
     folder = os.path.dirname(path) or "."
     try:
         return [os.path.join(os.path.dirname(path), name) for name in sorted(os.listdir(folder))[:1000]]
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL
         return []

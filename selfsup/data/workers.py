@@ -10,13 +10,13 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, _utils
+from torch.utils.data import DataLoader, Dataset
 
 from selfsup.errors import UserError
 
@@ -95,9 +95,13 @@ class _Crew:
         )
         self._owner = os.getpid()
         self._processes: list[BaseProcess] = []
+        self._listens = False
+        self._child_handler: Any = None
+        self._iterator: Iterator[Any] | None = None
         if not workers:
             self._iterator = iter(loader)
             return
+        others = multiprocessing.active_children()
         try:
             with _held_signals():  # until a worker has set its own handlers, it would run the trainer's
                 self._iterator = iter(loader)
@@ -105,47 +109,46 @@ class _Crew:
             raise UserError(f"workers={workers}: cannot be started: {error.strerror or error}; give fewer") from None
         except RuntimeError as error:  # torch's SIGCHLD handler: one ended already
             raise _WorkerDied(str(error).strip().rstrip(".")) from None
-        self._processes = self._iterator._workers  # type: ignore[attr-defined]
-        # torch's SIGCHLD handler, installed here or by another loader, would raise in the middle of a step
-        _utils.signal_handling._remove_worker_pids(id(self._iterator))
-        self._iterator._worker_pids_set = False  # type: ignore[attr-defined]
+        self._processes = [p for p in multiprocessing.active_children() if p not in others]
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGCHLD) is not None:
+            self._child_handler = signal.signal(signal.SIGCHLD, self._on_child)
         _ALIVE.add(self)
+        if len(self._processes) < workers:
+            self.close(kill=True)
+            raise _WorkerDied("a loader worker ended while it started")
 
     def next(self) -> Any:
         """The next item. Raises _WorkerDied at once when a worker has ended, also while it waits."""
+        assert self._iterator is not None
         if not self._processes:
             return _single_threaded(self._iterator)
-        armed = False
-
-        before = signal.getsignal(signal.SIGCHLD)
-
-        def look(*event: Any) -> None:
-            nonlocal armed
-            if event and callable(before):
-                before(*event)
-            if armed and (gone := self._gone()):
-                armed = False
-                raise _WorkerDied(gone)
-
-        handled = before is not None and threading.current_thread() is threading.main_thread()
-        if handled:
-            signal.signal(signal.SIGCHLD, look)
         try:
-            armed = True  # only here, so that nothing is raised before the handler is sure to be put back
-            look()
-            try:
-                return next(self._iterator)
-            except Exception:  # torch's, or of the pipe or the socket of a worker that is just ending
-                for process in self._processes:
-                    process.join(0.2)
-                if gone := self._gone():
-                    raise _WorkerDied(gone) from None
-                raise
-            finally:
-                armed = False
+            self._listens = True
+            self._look()
+            return next(self._iterator)
+        except Exception:  # torch's, or of the pipe or the socket of a worker that is just ending
+            self._listens = False
+            for process in self._processes:
+                process.join(0.2)
+            self._listens = True
+            self._look()
+            raise
         finally:
-            if handled:
-                signal.signal(signal.SIGCHLD, before)
+            self._listens = False
+
+    def _look(self) -> None:
+        if self._listens and (gone := self._gone()):
+            self._listens = False
+            raise _WorkerDied(gone)
+
+    def _on_child(self, *event: Any) -> None:
+        """SIGCHLD as long as this crew is there. It raises while an item is waited for, and never in the middle of a step,
+        as the handler would that torch leaves behind once a loader with workers was used.
+        """
+        if callable(self._child_handler):
+            with suppress(RuntimeError):
+                self._child_handler(*event)
+        self._look()
 
     def _gone(self) -> str:
         """Which workers have ended; '' if none has."""
@@ -156,12 +159,17 @@ class _Crew:
         """End the workers: after the item each is making, or at once."""
         if kill:
             self.kill()
+        last, self._iterator = [self._iterator], None
         if self._processes and not sys.is_finalizing():
-            # in a thread: if a worker was killed while it held a lock of torch's queues, this never returns
-            closing = threading.Thread(target=self._iterator._shutdown_workers, daemon=True)  # type: ignore[attr-defined]
+            # when nobody holds the iterator any more it ends its workers: in a thread, for if one was killed while it held a
+            # lock of torch's queues, this never returns
+            closing = threading.Thread(target=last.clear, daemon=True)
             closing.start()
             closing.join(_PATIENCE / 10 if kill else _PATIENCE)
         self.kill()
+        if self._child_handler is not None and signal.getsignal(signal.SIGCHLD) == self._on_child:
+            with suppress(ValueError):  # closed by another thread: it stays, and does nothing
+                signal.signal(signal.SIGCHLD, self._child_handler)
         _ALIVE.discard(self)
 
     def kill(self) -> None:
@@ -264,6 +272,7 @@ def _unless_broken_off(kind: type[BaseException], error: BaseException, trace: A
 def _start_worker(worker: int) -> None:
     """Signals are the trainer's business: a scheduler sends them to every process."""
     sys.excepthook = _unless_broken_off
+    signal.set_wakeup_fd(-1)  # a pipe of the trainer's
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)

@@ -147,6 +147,8 @@ class Watchdog:
                 if (found := peers.ended(2.5 * self._interval_s)) is not None:
                     raise found[1] from error
                 if time.monotonic() - began > (2.0 if peers.all_local() else 3 * self._interval_s):
+                    if (found := peers.ended()) is not None:  # at least it ended first, with a traceback of its own
+                        raise found[1] from error
                     break
                 time.sleep(min(0.2, self._interval_s / 4))
             self._unexplained = error

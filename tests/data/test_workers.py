@@ -250,19 +250,24 @@ def work(seconds):
 
 
 def test_nothing_is_raised_in_the_middle_of_a_step():
-    """The end of a worker is noticed where the next batch is asked for, and the handler is always what it was."""
+    """A worker's end is noticed where the next batch is asked for; who listened before is told, and listens alone after."""
     seen = []
     before = signal.signal(signal.SIGCHLD, lambda *event: seen.append(event[0]))
     mine = signal.getsignal(signal.SIGCHLD)
     try:
         said = []
         stream = items(Numbers(), 0, 50, workers=2, say=said.append)
-        assert int(next(stream)[0]) == 0 and signal.getsignal(signal.SIGCHLD) is mine
+        assert int(next(stream)[0]) == 0
         kill(multiprocessing.active_children()[0])
         work(0.3)
         assert said == [] and len(seen) == 1
-        assert int(next(stream)[0]) == 1 and len(said) == 1 and signal.getsignal(signal.SIGCHLD) is mine
+        assert int(next(stream)[0]) == 1 and len(said) == 1
         assert [int(x[0]) for x in stream] == list(range(2, 50))
+        assert signal.getsignal(signal.SIGCHLD) is mine
+        nested = items(Numbers(), 0, 20, workers=1)
+        assert int(next(nested)[0]) == 0
+        assert [int(x[0]) for x in items(Numbers(), 0, 4, workers=1)] == [0, 1, 2, 3]
+        nested.close()
         assert signal.getsignal(signal.SIGCHLD) is mine
         assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
     finally:

@@ -20,6 +20,8 @@ import torch
 
 import selfsup.run as running
 from selfsup import durable
+from selfsup.eval import periodic
+from selfsup.guard import watchdog
 from selfsup.methods.dino import DINO
 
 OPERATIONS = ("make_folder", "write", "fsync", "rename", "remove")
@@ -28,13 +30,13 @@ OPERATIONS = ("make_folder", "write", "fsync", "rename", "remove")
 
 
 def point(operation: str, paths: tuple[Any, ...]) -> str:
-    """The name of a call: 'rename checkpoints/.tmp-step_00000015 checkpoints/step_00000015'. No process ids."""
+    """The name of a call: 'rename checkpoints/.tmp-step_00000015 checkpoints/step_00000015'. No process ids and tokens."""
     names = []
     for path in paths:
         parts = Path(path).parts
         inside = parts[parts.index("checkpoints") :] if "checkpoints" in parts else parts[-1:]
         inside = ("RUN",) if path.is_dir() and "checkpoints" not in parts else inside
-        names.append(re.sub(rf"-{os.getpid()}$", "", "/".join(inside)))
+        names.append(re.sub(rf"-({os.getpid()}|[0-9a-f]{{16}})(?=/|$)", "", "/".join(inside)))
     return " ".join([operation, *names])
 
 
@@ -205,6 +207,20 @@ def hang(step: int) -> None:
             _wait_for_a_reply_that_never_comes()
 
     _in_forward(before)
+
+
+def slow_neighbours(seconds: float) -> None:
+    """The part of a k-NN evaluation that rank 0 does alone takes this much longer, and tells that it goes on."""
+    real = periodic.classify
+
+    def classify(*arguments: Any, **options: Any) -> Any:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(0.1)
+            watchdog.alive()
+        return real(*arguments, **options)
+
+    periodic.classify = classify  # type: ignore[assignment]
 
 
 def _wait_for_a_reply_that_never_comes() -> None:

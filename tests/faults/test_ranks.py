@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.lab import Lab, checkpoints, ended, log, same, same_weights, steps_logged, weights
+from tests.faults.lab import Lab, checkpoints, ended, log, recipe, same, same_weights, steps_logged, weights
 from tests.faults.table import Cases
+from tests.methods.tiny import write_images
 
 SLOW = ("slow", {"seconds": 0.02})
 BOTH = {0: SLOW, 1: SLOW}
@@ -153,3 +154,42 @@ def test_killed_in_a_save(lab: Lab, tmp_path: Path, cases: Cases) -> None:
             ].stderr()
             assert checkpoints(out) == [5]
             lab.resumed_is_same(out, world=2)
+
+
+@pytest.mark.faults("nan")
+def test_nan_on_many_ranks_is_kept_by_a_few(lab: Lab, tmp_path: Path) -> None:
+    """The first ones: of hundreds of ranks each would write the weights before it learned that enough are kept."""
+    out = tmp_path / "run"
+    ranks = lab.ranks(out, "stop_at=9", fault=dict.fromkeys(range(4), ("nan", {"step": 8})), world=4)
+    for process in ranks:
+        ended(process, 75)
+    assert sorted(p.name for p in (out / "refused").iterdir()) == [f"step_00000008_rank_{r:05d}" for r in range(3)]
+
+
+@pytest.mark.faults("signals_in_save")
+def test_third_interrupt_ends_a_rank_that_waits(lab: Lab, tmp_path: Path) -> None:
+    """For one that hangs: the collective runs no Python, and the hang would be reported in half an hour."""
+    out = tmp_path / "run"
+    ranks = lab.ranks(out, fault=BOTH)
+    ranks[0].wait_for(lambda: steps_logged(out) >= 6)
+    ranks[1].send(signal.SIGSTOP)
+    time.sleep(0.5)
+    for _ in range(3):
+        ranks[0].send(signal.SIGINT)
+        time.sleep(0.1)
+    ended(ranks[0], 130, timeout=5)
+    ranks[1].kill()
+    ranks[1].wait()
+    lab.resumed_is_same(out, world=2)
+
+
+@pytest.mark.faults("rank_hangs")
+def test_a_long_evaluation_is_no_hang(lab: Lab, tmp_path: Path) -> None:
+    """By one rank, for longer than hang_timeout: the others wait as long as it gets on."""
+    out = tmp_path / "run"
+    images = write_images(tmp_path / "images", 40, classes=4)
+    file = recipe(tmp_path / "recipe.yaml", images, "eval.every=12", "hang_timeout=3")
+    slow = ("slow_neighbours", {"seconds": 6.0})
+    for process in lab.zygote.ranks(["train", file, "--out", out], fault={0: slow, 1: slow}):
+        ended(process, 0)
+    assert [x["step"] for x in log(out) if "eval" in x] == [12, 24]

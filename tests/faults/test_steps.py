@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,8 @@ def test_spike_is_rolled_back(lab: Lab, tmp_path: Path, step: int) -> None:
     """Between two checkpoints, in the step of a checkpoint, in a step that is logged later."""
     out = tmp_path / "run"
     process = lab.run(out, *SPIKE, fault=("scale_loss", {"step": step, "factor": 1000.0}))
-    assert re.search(rf"step {step}: the loss spiked.*back to step {(step - 1) // 5 * 5}\b", process.stderr()), (
-        process.stderr()
-    )
+    expected = rf"step {step}: the loss spiked.*back to step {(step - 1) // 5 * 5}, leaving out step {step}\b"
+    assert re.search(expected, process.stderr()), process.stderr()
     lines = log(out)
     assert len(lines) == 24
     reference = lab.undisturbed(*SPIKE, fault=("nan", {"step": step}))
@@ -47,6 +47,28 @@ def test_spike_is_rolled_back(lab: Lab, tmp_path: Path, step: int) -> None:
     assert weights(out) != weights(lab.undisturbed())
     others = [x for x in log(reference) if x["step"] != step]
     assert [x for x in lines if x["step"] != step] == others
+
+
+@pytest.mark.faults("spike")
+def test_batches_before_a_spike_are_left_out_too(lab: Lab, tmp_path: Path) -> None:
+    """Those the checkpoint does not hold, and the message counts no others."""
+    fault = ("scale_loss", {"step": 18, "factor": 1000.0})
+    for skip, first in ((2, 17), (9, 16)):
+        out = tmp_path / str(skip)
+        process = lab.run(out, *SPIKE, f"spike.skip={skip}", fault=fault)
+        assert f"back to step 15, leaving out steps {first} to 18" in process.stderr(), process.stderr()
+        assert [x["step"] for x in log(out) if x.get("left_out")] == list(range(first, 19))
+
+
+@pytest.mark.faults("spike")
+def test_too_many_spikes(lab: Lab, tmp_path: Path) -> None:
+    """Exit 2 with what may be changed; doing so goes on."""
+    out = tmp_path / "run"
+    faults = [("scale_loss", {"step": step, "factor": 1000.0}) for step in (12, 17)]
+    told(lab.run(out, *SPIKE, "spike.max_rollbacks=1", fault=faults, status=2), "step 17.*after 1 rollbacks", "--resume")
+    assert checkpoints(out)[-1] == 15
+    lab.run(out, *SPIKE, "spike.max_rollbacks=2", fault=faults)
+    assert [x["step"] for x in log(out) if x.get("left_out")] == [12, 17]
 
 
 @pytest.mark.faults("spike")
@@ -87,6 +109,12 @@ def test_out_of_memory(lab: Lab, tmp_path: Path) -> None:
     process = lab.run(out, fault=("out_of_memory", {"step": 13}), status=2)
     told(process, "out of memory.*step 13", "global_batch=8", "2.00 GiB", r"accumulate=2", "grad_checkpointing=true")
     assert checkpoints(out)[-1] >= 10
+    advised = tmp_path / "advised"
+    shutil.copytree(out, advised)
+    process = lab.run(advised, "accumulate=2", "grad_checkpointing=true")
+    assert "accumulate changes from 1 to 2" in process.stderr()
+    pairs = list(zip(log(advised), log(lab.undisturbed())))
+    assert len(pairs) == 24 and max(abs(a["loss"] - b["loss"]) for a, b in pairs) < 1e-4
     lab.resumed_is_same(out)
 
 
