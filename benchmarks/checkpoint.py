@@ -93,7 +93,7 @@ def measure(case: Case, saves: int, threads: int) -> dict[str, Any]:
                 finally:
                     batches.close()
 
-            run.loader.stream = timed  # type: ignore[method-assign]
+            run.loader.stream = timed  # type: ignore[method-assign, assignment]
             return run  # type: ignore[return-value]
 
         def save(self, figures: dict[str, float], may_commit: Callable[[], None]) -> None:

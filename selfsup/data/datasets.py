@@ -126,7 +126,9 @@ def open_timm(name: str, root: str | None, split: str, channels: int, config: Da
     except Exception as error:
         raise UserError(f"data: timm's data set {one_line(name)!r} in {one_line(root)}: {one_line(error)}") from None
     if not hasattr(dataset, "__getitem__") or isinstance(dataset, torch.utils.data.IterableDataset):
-        raise UserError(f"data: timm's {one_line(name)!r} is a stream; training needs random access: give a folder or a hfds/ name")
+        raise UserError(
+            f"data: timm's {one_line(name)!r} is a stream; training needs random access: give a folder or a hfds/ name"
+        )
     return DatasetSource(dataset, channels, config, f"timm:{name}:{split}")
 
 
