@@ -1,5 +1,7 @@
 """What users typed, and what other programs say, as a part of a message of ours."""
 
+import re
+
 
 def printable(text: str) -> str:
     """`text` with what cannot be printed escaped: line ends, terminal codes, undecodable bytes of file names."""
@@ -10,5 +12,5 @@ def printable(text: str) -> str:
 
 def one_line(what: object, longest: int = 200) -> str:
     """`str(what)` as one printable line, cut in the middle if it is endless."""
-    text = printable(" ".join(str(what).split()))
+    text = printable(re.sub(r"\s*[\r\n]\s*", " ", str(what)).strip())
     return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 3 :]}"

@@ -46,6 +46,8 @@ def open_source(spec: str, *, channels: int, config: DataConfig | None = None) -
     if not os.path.exists(path):
         near = one_line(suggest(spec, ["demo", "demo:train", "demo:val", *_siblings(path)]))
         raise UserError(f"{shown}: no such folder or file{near}; give a folder, a .txt list, demo, or torchvision:NAME:ROOT")
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise UserError(f"{shown}: neither a folder nor a file")
     if path.lower().endswith(".txt"):
         return ListSource(path, channels, config)
     if path.lower().endswith(".zip"):
