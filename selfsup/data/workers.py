@@ -2,6 +2,7 @@
 
 import atexit
 import dataclasses
+import gc
 import multiprocessing
 import os
 import signal
@@ -163,7 +164,7 @@ class _Crew:
         if self._processes and not sys.is_finalizing():
             # when nobody holds the iterator any more it ends its workers: in a thread, for if one was killed while it held a
             # lock of torch's queues, this never returns
-            closing = threading.Thread(target=last.clear, daemon=True)
+            closing = threading.Thread(target=_let_go, args=(last, kill), daemon=True)
             closing.start()
             closing.join(_PATIENCE / 10 if kill else _PATIENCE)
         self.kill()
@@ -181,6 +182,12 @@ class _Crew:
                 process.kill()
         for process in self._processes:
             process.join(1)
+
+
+def _let_go(last: list[Iterator[Any] | None], broken_off: bool) -> None:
+    last.clear()
+    if broken_off:  # frames of the exception hold it in a cycle, which the next worker would else find and tear down
+        gc.collect()
 
 
 _ALIVE: weakref.WeakSet[_Crew] = weakref.WeakSet()
