@@ -88,7 +88,7 @@ class Made:
     """A method in training, and its batches of one step."""
 
     def __init__(self, images: Path, *overrides: str, kind: type | None = None) -> None:
-        name = "dino" if kind is None else f"tests.test_replay:{kind.__name__}"
+        name = "dino" if kind is None else f"tests.replay.test_replay:{kind.__name__}"
         options = [f"method={name}", *METHOD_OPTIONS["dino"], *overrides]
         config = tiny_config("dino", f"data={images}", "precision=fp32", "device=cpu", *options)
         self.config: Config = methods.complete(config)
