@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from selfsup import durable, tensorfile
@@ -108,8 +109,8 @@ def _check(folder: Path, digests: bool) -> dict[str, Any]:
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
         if not {"model.safetensors", "optimizer.safetensors", "trainer.json"} <= expected.keys():
             raise KeyError("it does not list the files of a checkpoint")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InvalidCheckpoint(f"{folder}: no readable MANIFEST.json ({error})") from None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise InvalidCheckpoint(f"{folder}: no readable MANIFEST.json ({' '.join(str(error).split())[:200]})") from None
     if form > FORMAT:
         raise NewerFormat(f"{folder}: format {form} is newer than this version reads ({FORMAT})")
     for name, (size, digest) in expected.items():
@@ -144,14 +145,20 @@ def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
 
 
 def load(folder: Path, rank: int) -> State:
-    """Read a checkpoint that was verified. A rank that has no file of its own gets an empty `rank` part."""
+    """Read a checkpoint that was verified. A rank that has no file of its own gets an empty `rank` part.
+
+    Raises UserError for files that are what the manifest says, but not what a run writes.
+    """
     own = folder / rank_file(rank)
-    return State(
-        model=tensorfile.read(folder / "model.safetensors"),
-        optimizer=tensorfile.read(folder / "optimizer.safetensors"),
-        rank=tensorfile.read(own) if own.is_file() else {},
-        trainer=json.loads((folder / "trainer.json").read_text()),
-    )
+    try:
+        return State(
+            model=tensorfile.read(folder / "model.safetensors"),
+            optimizer=tensorfile.read(folder / "optimizer.safetensors"),
+            rank=tensorfile.read(own) if own.is_file() else {},
+            trainer=dict(json.loads((folder / "trainer.json").read_text())),
+        )
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{folder}: cannot be read: {' '.join(str(error).split())[:200]}; remove it to go back") from None
 
 
 def clean(root: Path) -> None:

@@ -20,7 +20,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         for raw in path.read_bytes().split(b"\n"):
             try:
                 lines.append(json.loads(raw))
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
     return lines
 
@@ -36,7 +36,7 @@ def _step_of(raw: bytes) -> int | None:
     """The step of a line; None for one that is cut short or is no such line."""
     try:
         return int(json.loads(raw)["step"]) if raw.endswith(b"\n") else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 

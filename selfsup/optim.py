@@ -147,8 +147,13 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, T
     kinds: dict[str, set[str]] = {}
     for full, value in tensors.items():
         name, _, key = full.rpartition("|")
-        if name not in by_name or (value.ndim and value.shape != by_name[name].shape):
-            raise KeyError(f"{full} of shape {tuple(value.shape)}")
+        own = by_name.get(name)
+        if (
+            own is None
+            or not value.is_floating_point()
+            or (value.ndim and (value.shape, value.dtype) != (own.shape, own.dtype))
+        ):
+            raise KeyError(f"{full} of shape {tuple(value.shape)} and {value.dtype}")
         kinds.setdefault(name, set()).add(key)
     everything = set().union(*kinds.values())
     for name, keys in kinds.items():

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from selfsup import checkpoint, dist, methods, runtime
@@ -13,7 +14,7 @@ from selfsup.backbones.export import export_timm
 from selfsup.batchnorm import synchronise
 from selfsup.checkpoint import Retention, State
 from selfsup.checkpoint_writer import Writer
-from selfsup.config import Config
+from selfsup.config import Config, OpenSection, validate
 from selfsup.data.bad_files import BadFileLog
 from selfsup.data.loader import Batch, Loader
 from selfsup.data.sources import Source, open_source, wrap_dataset
@@ -27,6 +28,23 @@ from selfsup.spikes import SpikeDetector
 
 KEPT_AT_MOST = 3
 """Refused batches of a run that are kept for `selfsup replay`, each with the weights."""
+
+
+class TrainerState(OpenSection):
+    """trainer.json of a checkpoint, as far as a resume reads it."""
+
+    step: Annotated[int, Field(ge=0)]
+    data: Any
+    """Fingerprint of the list of images."""
+    runtime: dict[str, Any]
+    """What bitwise equality depends on."""
+    health: list[str]
+    """The collapse monitor's verdicts."""
+    refused_in_row: Annotated[int, Field(ge=0)]
+    losses: tuple[float, ...] = ()
+    """The spike detector's window."""
+    left_out: tuple[int, ...] = ()
+    rollbacks: Annotated[int, Field(ge=0)] = 0
 
 
 @dataclass
@@ -180,18 +198,18 @@ class Run:
             self.progress.note(f"nothing to resume in {self.out}: starting at step 0")
             return False
         state = checkpoint.load(folder, dist.rank())
-        if state.trainer["data"] != self.source.fingerprint():
+        trainer = _trainer_state(state, folder)
+        if trainer.data != self.source.fingerprint():
             raise UserError(
                 f"data.path={self.config.data.path}: its list of images is not the one this run was trained on; "
                 "restore the files, or start a new run with --out"
             )
-        then, now = state.trainer["runtime"], runtime.fingerprint()
+        then, now = trainer.runtime, runtime.fingerprint()
         different = [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]
         if different:
             self.progress.note(f"resuming, but not bitwise: {', '.join(different)}")
         self._restore(state, folder)
-        self.left_out = set(state.trainer.get("left_out", ()))
-        self.rollbacks = state.trainer.get("rollbacks", 0)
+        self.left_out, self.rollbacks = set(trainer.left_out), trainer.rollbacks
         self.progress.start = self.step
         self.progress.note(f"resuming at step {self.step} from {folder}")
         return True
@@ -238,20 +256,21 @@ class Run:
         return None if step < 0 else checkpoint.folder_of(root, step)
 
     def _restore(self, state: State, folder: Path) -> None:
+        trainer = _trainer_state(state, folder)
         scale = {k.removeprefix("loss_scale."): v for k, v in state.model.items() if k.startswith("loss_scale.")}
         try:
             self.method.load_state_dict({k: v for k, v in state.model.items() if not k.startswith("loss_scale.")})
             load_state_tensors(self.optimizer, state.optimizer)
-        except (RuntimeError, KeyError) as error:
+            checkpoint.set_rng_state(state.rank, self.device)
+            if self.scale is not None and scale:
+                self.scale.load_state_dict(scale)
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
             first = str(error).strip().splitlines()
             raise UserError(f"{folder}: does not fit this configuration: {' '.join(first[:2])[:300]}") from None
-        if self.scale is not None and scale:
-            self.scale.load_state_dict(scale)
-        checkpoint.set_rng_state(state.rank, self.device)
-        self.monitor.restore(state.trainer["health"])
-        self.spikes.restore(state.trainer.get("losses", ()))
-        self.refused_in_row.fill_(state.trainer["refused_in_row"])
-        self.step = int(state.trainer["step"])
+        self.monitor.restore(trainer.health)
+        self.spikes.restore(trainer.losses)
+        self.refused_in_row.fill_(trainer.refused_in_row)
+        self.step = trainer.step
 
     def save(self, figures: dict[str, float], may_commit: Callable[[], None]) -> None:
         """Begin a checkpoint of this step, by all ranks; figures: of an evaluation at this step."""
@@ -326,6 +345,10 @@ class Run:
             except UserError as cause:
                 error = cause
         dist.raise_together(error, "exporting the backbone")
+
+
+def _trainer_state(state: State, folder: Path) -> TrainerState:
+    return validate(TrainerState, dict(state.trainer), where=str(folder / "trainer.json"))
 
 
 def _configure(method: nn.Module, config: Config) -> None:

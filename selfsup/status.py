@@ -50,7 +50,7 @@ def describe(run: Path) -> str:
     if folders:
         try:
             total = json.loads((folders[-1][1] / "trainer.json").read_text()).get("steps")
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             total = None  # `verify` says what is wrong with it
     who = holder(run)
     state = f"running, {who}" if who else "completed" if total == step else "stopped"

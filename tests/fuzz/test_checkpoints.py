@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import selfsup
-from selfsup import checkpoint
-from tests.fuzz.cases import Edit, digest, edits, fuzz, told
+from selfsup import checkpoint, runfolder, status
+from selfsup.checkpoint import InvalidCheckpoint
+from selfsup.config import load
+from selfsup.errors import EarlyStop
+from selfsup.log import last_step, read_metrics
+from tests.fuzz.cases import Edit, check_message, digest, edits, fuzz, told
 
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures" / "format_1"
 FOLDER = FIXTURE / "checkpoints" / "step_00000005"
@@ -133,6 +138,41 @@ def changed(text: str, seed: int) -> str:
     return json.dumps(tree)
 
 
+@fuzz(600, happened=st.lists(HAPPENED, min_size=1, max_size=4))
+def test_what_is_looked_at(place: Path, happened) -> None:
+    """Verifying, describing and reading change nothing, raise nothing else, and believe no damaged file."""
+    with copy(place) as run:
+        for what in happened:
+            happen(run, *what)
+        before = digest(run)
+        root = run / "checkpoints"
+        found, problems = None, []
+        with told():
+            found, problems = checkpoint.newest_valid(root)
+        for problem in problems:
+            check_message(problem)
+        for _, folder in checkpoint.steps(root):
+            try:
+                manifest = checkpoint.verify(folder)
+            except InvalidCheckpoint as error:
+                check_message(str(error))
+                continue
+            for name in ("model.safetensors", "optimizer.safetensors", "trainer.json"):
+                assert checkpoint.sha256(folder / name) == manifest["files"][name]["sha256"]
+        if found is not None:
+            with told():
+                checkpoint.load(found, 0)
+        with told():
+            status.verify(run)
+            status.describe(run)
+        with told():
+            runfolder.stored_config(run)
+        with told():
+            last_step(run / "metrics.jsonl")
+            read_metrics(run / "metrics.jsonl")
+        assert digest(run) == before
+
+
 @fuzz(250, happened=st.lists(HAPPENED, min_size=1, max_size=3), branch=st.sampled_from(["", "@student", "@teacher"]))
 def test_what_is_evaluated(place: Path, happened, branch: str) -> None:
     """`selfsup eval knn RUN` and `selfsup export RUN` begin with load_backbone."""
@@ -144,6 +184,81 @@ def test_what_is_evaluated(place: Path, happened, branch: str) -> None:
             with told():
                 selfsup.load_backbone(target)
         assert digest(run) == before
+
+
+# ------------------------------------------------------------------------------------------- true digests, strange content
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """One change to the tensors of a file."""
+
+    seed: int
+
+    def __call__(self, path: Path) -> None:
+        rng, tensors = random.Random(self.seed), load_file(path)
+        name = rng.choice(sorted(tensors))
+        old = tensors[name]
+        match rng.randrange(9):
+            case 0:
+                del tensors[name]
+            case 1:
+                strange = ["x", "", "student.x", "teacher.backbone.model.x", "nobody|exp_avg", "|", "rng.torch"]
+                tensors[rng.choice(strange)] = old
+            case 2:
+                tensors[name] = old.flatten()[: rng.randrange(old.numel() + 1)].clone()
+            case 3:
+                tensors[name] = torch.zeros(*(rng.randrange(1, 4) for _ in range(rng.randrange(5))))
+            case 4:
+                tensors[name] = old.to(rng.choice([torch.float64, torch.int64, torch.bool, torch.bfloat16, torch.uint8]))
+            case 5 if old.is_floating_point():
+                tensors[name] = torch.full_like(old, rng.choice([math.nan, math.inf, 1e38, 0.0]))
+            case 6:
+                other = rng.choice(sorted(tensors))
+                tensors[name], tensors[other] = tensors[other], tensors[name]
+            case 7:
+                tensors = {f"module.{k}": v for k, v in tensors.items()}
+            case 8:
+                tensors = {}
+        save_file({k: v.clone() for k, v in tensors.items()}, path)
+
+
+def make_true(folder: Path) -> None:
+    """A manifest that vouches for the files as they are."""
+    manifest = json.loads((FOLDER / "MANIFEST.json").read_text())
+    files = [folder / name for name in manifest["files"] if (folder / name).is_file()]
+    manifest["files"] = {p.name: {"bytes": p.stat().st_size, "sha256": checkpoint.sha256(p)} for p in files}
+    (folder / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
+WEIGHTS = st.one_of(
+    st.builds(Tensors, st.integers(0, 2**32)),
+    edits(),
+    st.tuples(st.sampled_from(["keys", "value"]), st.integers(0, 2**32)),
+)
+
+
+@fuzz(50, name=st.sampled_from(TENSORS), change=st.one_of(st.builds(Tensors, st.integers(0, 2**32)), edits()),
+      trainer=st.one_of(st.none(), st.none(), st.integers(0, 2**32)))  # fmt: skip
+def test_what_is_resumed(place: Path, name: str, change: Tensors | Edit, trainer: int | None) -> None:
+    """Files with right digests that are not what a run writes: training goes on, or says why not and changes nothing."""
+    with copy(place) as run:
+        folder = run / STEP
+        path = folder / f"{name}.safetensors"
+        if isinstance(change, Edit):
+            path.write_bytes(change(path.read_bytes()))
+        else:
+            change(path)
+        if trainer is not None:
+            (folder / "trainer.json").write_text(changed((folder / "trainer.json").read_text(), trainer))
+        make_true(folder)
+        before = digest(folder)
+        with told(60):
+            try:
+                selfsup.train(load(str(run / "config.yaml"), ["stop_at=6"]), out=run, resume=True, quiet=True)
+            except EarlyStop:
+                return  # went on; the checkpoint may be pruned by now
+        assert digest(folder) == before
 
 
 # ------------------------------------------------------------------------------------------------------ weights of others
@@ -208,5 +323,8 @@ def test_exported_folders(place: Path, exported: Path, seed: int, edit: Edit | N
 def test_the_fixture_itself_is_good(place: Path) -> None:
     """Or nothing here would be near a good one."""
     with copy(place) as run:
+        make_true(run / STEP)
         assert checkpoint.newest_valid(run / "checkpoints") == (run / STEP, [])
         selfsup.load_backbone(run)
+        with pytest.raises(EarlyStop):
+            selfsup.train(load(str(run / "config.yaml"), ["stop_at=6"]), out=run, resume=True, quiet=True)
