@@ -30,9 +30,10 @@ from torch import Tensor
 from selfsup import durable, tensorfile
 from selfsup.durable import TEMPORARY
 from selfsup.errors import UserError
+from selfsup.wording import one_line
 
 FORMAT = 1
-_NAME = re.compile(r"^step_(\d{8,})$")
+_NAME = re.compile(r"step_(0[0-9]{7}|[1-9][0-9]{7,17})")  # as folder_of writes them, and nothing else
 
 
 class InvalidCheckpoint(Exception):
@@ -93,7 +94,7 @@ def steps(root: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every checkpoint under RUN/checkpoints, oldest first, valid or not."""
     if not root.is_dir():
         return []
-    return sorted((int(m.group(1)), p) for p in root.iterdir() if (m := _NAME.match(p.name)) and p.is_dir())
+    return sorted((int(m.group(1)), p) for p in root.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir())
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -109,21 +110,21 @@ def _check(folder: Path, digests: bool) -> dict[str, Any]:
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
         if not {"model.safetensors", "optimizer.safetensors", "trainer.json"} <= expected.keys():
             raise KeyError("it does not list the files of a checkpoint")
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise InvalidCheckpoint(f"{folder}: no readable MANIFEST.json ({' '.join(str(error).split())[:200]})") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise InvalidCheckpoint(f"{folder}: no readable MANIFEST.json ({one_line(error)})") from None
     if form > FORMAT:
         raise NewerFormat(f"{folder}: format {form} is newer than this version reads ({FORMAT})")
     for name, (size, digest) in expected.items():
         path = folder / name
         try:
             if Path(name).name != name or not path.is_file():
-                raise InvalidCheckpoint(f"{path}: missing")
+                raise InvalidCheckpoint(f"{folder}/{one_line(name)}: missing")
             if path.stat().st_size != size:
                 raise InvalidCheckpoint(f"{path}: {path.stat().st_size} bytes, the manifest says {size}")
             if digests and sha256(path) != digest:
                 raise InvalidCheckpoint(f"{path}: content differs from the manifest's sha256")
         except (OSError, ValueError) as error:  # ValueError: a NUL in a name
-            raise InvalidCheckpoint(f"{path}: cannot be read: {error}") from None
+            raise InvalidCheckpoint(f"{folder}/{one_line(name)}: cannot be read: {one_line(error)}") from None
     return dict(manifest)
 
 
@@ -158,7 +159,7 @@ def load(folder: Path, rank: int) -> State:
             trainer=dict(json.loads((folder / "trainer.json").read_text())),
         )
     except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder}: cannot be read: {' '.join(str(error).split())[:200]}; remove it to go back") from None
+        raise UserError(f"{folder}: cannot be read: {one_line(error)}; remove it to go back") from None
 
 
 def clean(root: Path) -> None:

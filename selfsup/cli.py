@@ -1,6 +1,7 @@
 """The `selfsup` command. Each subcommand imports what it needs when it runs, so that help is immediate."""
 
 import contextlib
+import errno
 import os
 import sys
 from pathlib import Path
@@ -235,6 +236,9 @@ def main() -> None:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
             code = 2
             _say(f"selfsup: {error.format_message()}")  # a wrong option or argument
+        elif isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # asked for its existence, it raises
+            code = 2
+            _say(f"selfsup: {str(error.filename)[:200]}...: {error.strerror}")
         else:
             code = 1
             _say(traceback.format_exc().rstrip())

@@ -147,13 +147,13 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, T
     kinds: dict[str, set[str]] = {}
     for full, value in tensors.items():
         name, _, key = full.rpartition("|")
-        own = by_name.get(name)
-        if (
-            own is None
-            or not value.is_floating_point()
-            or (value.ndim and (value.shape, value.dtype) != (own.shape, own.dtype))
-        ):
-            raise KeyError(f"{full} of shape {tuple(value.shape)} and {value.dtype}")
+        p = by_name.get(name)
+        if key == "step":
+            fits = p is not None and value.ndim == 0 and value.dtype in (torch.float32, torch.float64)
+        else:
+            fits = p is not None and value.shape == p.shape and value.dtype == p.dtype
+        if not fits:
+            raise KeyError(f"{full} of shape {tuple(value.shape)}, {value.dtype}")
         kinds.setdefault(name, set()).add(key)
     everything = set().union(*kinds.values())
     for name, keys in kinds.items():

@@ -4,8 +4,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from selfsup import checkpoint, durable
 from selfsup import config as configuration
 from selfsup.config import Config
@@ -69,16 +67,10 @@ def stored_config(out: Path) -> Config | None:
     try:
         if not path.is_file():
             return None
-        values = yaml.safe_load(path.read_text())
+        text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected 'key: value' lines, seen {type(values).__name__}")
-    return configuration.validate(Config, values or {}, where=str(path))
+    return configuration.validate(Config, configuration.parse_yaml(text, str(path)), where=str(path))
 
 
 def write_config(out: Path, config: Config) -> None:

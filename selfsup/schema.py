@@ -18,7 +18,8 @@ _DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(%|epochs?|steps?|samples?)$")
 
 
 def _check_duration(value: str) -> str:
-    if not _DURATION.match(value):
+    match = _DURATION.match(value)
+    if match is None or float(match.group(1)) > 1e15:
         raise ValueError("a duration looks like '10 epochs', '500 steps', '100000 samples' or '10%'")
     return value
 
@@ -33,7 +34,7 @@ def parse_duration(value: str) -> tuple[float, str]:
 
 Duration = Annotated[str, AfterValidator(_check_duration)]
 Probability = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=10**15)]
 Range = tuple[float, float]
 
 
@@ -242,12 +243,12 @@ class Config(Section):
     spike: SpikeConfig = SpikeConfig()
 
     steps: Positive | None = None
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0, le=1e9)] | None = None
     samples: Positive | None = None
     global_batch: Positive = 64
     accumulate: Positive = 1
     """Micro-batches per step on every rank."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool | None = None

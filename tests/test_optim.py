@@ -302,6 +302,10 @@ def test_loading_does_not_alias_and_refuses_strangers() -> None:
     assert all(v.data_ptr() != held[k].data_ptr() for k, v in state_tensors(fresh).items())
     with pytest.raises(KeyError):
         load_state_tensors(fresh, {"nobody|exp_avg": torch.zeros(2)})
+    moment = next(key for key, value in held.items() if value.ndim > 1)
+    for wrong in (torch.zeros(()), torch.zeros(1), held[moment].double(), held[moment].int()):  # fused kernels trust them
+        with pytest.raises(KeyError):
+            load_state_tensors(fresh, {**held, moment: wrong})
 
 
 def test_loss_scale() -> None:

@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from selfsup.config import Config, MethodConfig, suggest, validate
 from selfsup.errors import UserError
@@ -23,10 +24,12 @@ def find(name: str) -> type:
         )
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:  # TypeError: a name that begins with a dot
         raise UserError(f"method.name={name!r}: cannot be imported: {error}") from None
     if not isinstance(found, type):
         raise UserError(f"method.name={name!r} is a {type(found).__name__}, not a class")
+    if not isinstance(getattr(found, "Options", None), type) or not issubclass(found.Options, BaseModel):
+        raise UserError(f"method.name={name!r} is no method: it has no Options (see selfsup.methods.contract)")
     return found
 
 

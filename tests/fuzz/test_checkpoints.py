@@ -54,7 +54,8 @@ def copy(place: Path) -> Iterator[Path]:
 
 OTHERS = ["step_00000004", "step_00000006", "step_99999999999999999999999", "step_5", "step_-0000005", "latest",
           ".tmp-x",
-          "step_00000007.png", "\udcff", "step_00000005 ", "STEP_00000005"]  # fmt: skip
+          "step_00000007.png", "\udcff", "step_00000005 ", "STEP_00000005",
+          "step_٠٠٠٠٠٠٠٥", "step_000000005", "step_00000005\n", "step_0000000²"]  # fmt: skip
 HAPPENED = st.tuples(
     st.sampled_from(["edit", "edit", "edit", "json", "json", "delete", "empty", "swap", "copy", "rename", "folder",
                      "link",
@@ -208,7 +209,7 @@ class Tensors:
             case 2:
                 tensors[name] = old.flatten()[: rng.randrange(old.numel() + 1)].clone()
             case 3:
-                tensors[name] = torch.zeros(*(rng.randrange(1, 4) for _ in range(rng.randrange(5))))
+                tensors[name] = torch.zeros([rng.randrange(1, 4) for _ in range(rng.randrange(5))])
             case 4:
                 tensors[name] = old.to(rng.choice([torch.float64, torch.int64, torch.bool, torch.bfloat16, torch.uint8]))
             case 5 if old.is_floating_point():

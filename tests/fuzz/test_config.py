@@ -39,7 +39,8 @@ def near(draw: Any, keys: list[str]) -> str:
 WORDS = ["", "null", "~", "true", "no", "0", "1", "-1", "8", "0.5", "1e-3", "1e400", "-1e400", ".nan", ".inf", "nan",
          "inf", "0x10", "0o9", "1_000", "9" * 30, "9" * 5000, "1" + "0" * 400 + ".0", "1:30:00", "2024-01-01",
          "2024-13-45", "2024-01-01 99:99:99", "10%", "10 epochs", "1 step", "9999999999999999999999 epochs",
-         "1e5 steps", "-5 steps", "[]", "{}", "[0.5]", "[0.5, 0.5, 0.5]", "[1, 2, 3, 4]", "{count: 2}",
+         "1e5 steps", "-5 steps", "9" * 400 + " epochs", "1e308", "9" * 400, "[]", "{}", "[0.5]", "[0.5, 0.5, 0.5]",
+         "[1, 2, 3, 4]", "{count: 2}",
          "{size: 32, count: 0}", "{a: {b: {c: 1}}}", "{1: 2}", "{[1]: 2}", "{null: 1}", "&a [*a]", "&a {x: *a}",
          "!!python/object/apply:os.getcwd []", "!!python/name:os.system", "!!set {a, b}", "!!binary aGk=",
          "!!omap [a: 1]", "!!map [1, 2]", "!!int x", "!!float x", "!!bool x", "!!timestamp x", "!!null x", "!!str 3",
@@ -169,3 +170,16 @@ def test_overrides_of_evaluations(verb: str, overrides: list[str]) -> None:
     """What `selfsup eval VERB TARGET ... --print-config` does."""
     with told():
         dump(resolve(verb, overrides))
+
+
+NAMES_OF_METHODS = st.sampled_from(
+    ["builtins:int", ":x", "x:", ":", ".x:Y", "..:Y", "os:path", "torch.nn:Linear", "typing:Any", "enum:Enum", "a..b:C",
+     "x\0:Y", "selfsup.methods.dino:", "selfsup.methods.dino:dino", "selfsup.methods.dino:DINO", "dino:DINO",
+     "é" * 3000]
+)  # fmt: skip
+
+
+@fuzz(60, name=st.one_of(NAMES_OF_METHODS, st.text(max_size=8).map(lambda t: t + ":X")))
+def test_names_of_methods(recipe: Path, name: str) -> None:
+    recipe.write_text(yaml.safe_dump({"method": {"name": name}}))
+    try_recipe(str(recipe), [])
