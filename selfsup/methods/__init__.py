@@ -28,7 +28,8 @@ def find(name: str) -> type:
         raise UserError(f"method.name={name!r}: cannot be imported: {error}") from None
     if not isinstance(found, type):
         raise UserError(f"method.name={name!r} is a {type(found).__name__}, not a class")
-    if not isinstance(getattr(found, "Options", None), type) or not issubclass(found.Options, BaseModel):
+    options = getattr(found, "Options", None)
+    if not isinstance(options, type) or not issubclass(options, BaseModel):
         raise UserError(f"method.name={name!r} is no method: it has no Options (see selfsup.methods.contract)")
     return found
 
