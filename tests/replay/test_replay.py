@@ -613,7 +613,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "unknown method": (config(method={"name": "dyno"}), "did you mean dino"),
     "method option": (config(method={"name": "dino", "out_dim": -1}), "out_dim=-1"),
     "method is a function": (config(method={"name": "os:getcwd"}), "not a class"),
-    "method is another class": (config(method={"name": "pathlib:Path"}), "cannot be built"),
+    "method is another class": (config(method={"name": "pathlib:Path"}), "is no method"),
     "method is not there": (
         config(method={"name": "no_such_package.x:Y"}),
         "not part of selfsup and cannot be imported",
