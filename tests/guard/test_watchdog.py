@@ -18,7 +18,6 @@ from selfsup.errors import UserError
 from selfsup.guard import hang_report, ranks
 from selfsup.guard.processes import Process
 from selfsup.guard.ranks import SIZE, Beat, Peer
-from selfsup.guard.watchdog import Watchdog
 
 PRELUDE = """
 import ctypes, os, shutil, sys, threading, time
