@@ -4,7 +4,6 @@ import errno
 import os
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,30 +14,16 @@ from selfsup import checkpoint
 from tests.faults import lab as checks
 from tests.faults.lab import Lab, checkpoints, ended, log, nobody_left, same, steps_logged, told
 from tests.faults.table import Cases
+from tests.small_disk import as_root, mounted
 
 SLOW = ("slow", {"seconds": 0.02})
-
-
-def as_root(*command: str) -> None:
-    """mount and umount: as root, or through sudo where that asks for nothing."""
-    if os.geteuid():
-        command = ("sudo", "-n", *command)
-    subprocess.run(command, check=True, capture_output=True, timeout=20)
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    try:
-        as_root("mount", "-t", "tmpfs", "-o", f"size=8m,uid={os.geteuid()}", "tmpfs", str(folder))
-    except (subprocess.CalledProcessError, FileNotFoundError) as error:
-        pytest.skip(f"no permission to mount a tmpfs: {getattr(error, 'stderr', error)!r}")
-    try:
+    with mounted(tmp_path / "disk", "8m") as folder:
         yield folder
-    finally:
-        as_root("umount", "-l", str(folder))
 
 
 def size(folder: Path) -> int:

@@ -31,6 +31,7 @@ from selfsup.replay import replay, run
 from selfsup.replay.refused import keep, kept, read
 from selfsup.train import train
 from tests.methods.tiny import METHOD_OPTIONS, tiny_config, write_images
+from tests.small_disk import mounted
 
 STEP = 6
 
@@ -450,25 +451,10 @@ def test_what_a_killed_process_left_is_cleaned(images: Path, tmp_path: Path) -> 
     assert not stale.exists() and other.exists()  # that of another rank may be in the making
 
 
-def as_root(*command: str) -> None:
-    """mount and umount: as root, or through sudo where that asks for nothing."""
-    subprocess.run(
-        command if os.geteuid() == 0 else ("sudo", "-n", *command), check=True, capture_output=True, timeout=20
-    )
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    try:
-        as_root("mount", "-t", "tmpfs", "-o", f"size=200k,uid={os.geteuid()}", "tmpfs", str(folder))
-    except (subprocess.CalledProcessError, FileNotFoundError) as error:
-        pytest.skip(f"no permission to mount a tmpfs: {getattr(error, 'stderr', error)!r}")
-    try:
+    with mounted(tmp_path / "disk", "200k") as folder:
         yield folder
-    finally:
-        as_root("umount", "-l", str(folder))
 
 
 def refuse(made: Made, folder: Path) -> tuple[Path | None, list[str]]:
