@@ -113,8 +113,8 @@ class RequeuePolicy(Section):
 class Cluster(Section):
     """Where jobs run, what one asks for, and how often it is started again."""
 
-    kind: Literal["slurm", "local"] = "slurm"
-    """`local`: in the background on this machine."""
+    kind: Literal["slurm", "local", "debug"] = "slurm"
+    """`local`: in the background on this machine; `debug`: here, in this terminal."""
 
     partition: Line | None = None
     account: Line | None = None
@@ -142,6 +142,8 @@ class Cluster(Section):
     """Shell words before the command of every task, as in `apptainer exec --nv image.sif`."""
     python: Line | None = None
     """The interpreter there; null: this one."""
+    host_python: Line | None = None
+    """Outside the container, any Python 3, for the script that asks Slurm for a requeue; null: `python3`, or this one."""
     setup: Annotated[tuple[Line, ...], BeforeValidator(_lines)] = ()
     """Shell lines before the tasks start, as in `module load cuda`."""
     env: Annotated[dict[str, Line], AfterValidator(_variables)] = Field(default_factory=dict)
