@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from selfsup import config, durable
 from selfsup.errors import UserError
 from selfsup.schema import Section
@@ -38,7 +40,7 @@ class Submission(Section):
     overrides: tuple[str, ...] = ()
     runs: tuple[str, ...] = (".",)
     """Folders of the runs, relative to this one."""
-    sweep: dict[str, list[Any]] = {}
+    sweep: dict[str, list[Any]] = Field(default_factory=dict)
     """Values by key that the runs differ in."""
     index: int | None = None
     """Of a run within its sweep."""
