@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from selfsup import cli_jobs
 from selfsup import config as configuration
 from selfsup.errors import EarlyStop, RankLost, UserError
 
@@ -81,6 +82,8 @@ def _periodic(config: configuration.Config, out: Path) -> Any:
     """k-NN during training if `eval.every` asks for it; without labels it is left out, unless eval.train names some."""
     if not config.eval.every:
         return None
+    if config.eval.as_jobs:
+        return _as_jobs(out)
     from selfsup.eval.periodic import knn_callable
 
     try:
@@ -91,6 +94,13 @@ def _periodic(config: configuration.Config, out: Path) -> Any:
         if os.environ.get("RANK", "0") == "0":
             print(f"no k-NN during training: {error}", file=sys.stderr)
         return None
+
+
+def _as_jobs(out: Path) -> Any:
+    from selfsup.backbones.export import export_timm
+    from selfsup.launch.evaluations import as_jobs
+
+    return as_jobs(out, export_timm)
 
 
 def _print_config(config: configuration.Config) -> None:
@@ -161,26 +171,6 @@ def export(
 
 
 @app.command()
-def status(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Compute the digests of all checkpoints; exit 2 if one is damaged.")
-    ] = False,
-) -> None:
-    """How runs stand: step, newest checkpoint, who trains in the folder; --verify checks every checkpoint."""
-    from selfsup import status as looking
-
-    damaged = 0
-    for run in runs:
-        typer.echo(looking.describe(run))
-        for checked in looking.verify(run) if verify else []:
-            damaged += checked.problem is not None
-            typer.echo(f"  {checked.folder.name}  {checked.nbytes / 1e6:8.1f} MB  {checked.problem or 'valid'}")
-    if damaged:
-        raise UserError(f"{damaged} damaged checkpoint(s); --resume passes over them to the newest valid one")
-
-
-@app.command()
 def replay(
     folder: Annotated[Path, typer.Argument(metavar="FILE", help="A folder under RUN/refused.")],
 ) -> None:
@@ -208,6 +198,9 @@ def recipes(
             continue
         first = text.splitlines()[0].removeprefix("#").strip()
         typer.echo(key if names else f"{key:24} {first}")
+
+
+cli_jobs.register(app, EVALUATIONS, _periodic)
 
 
 def main() -> None:

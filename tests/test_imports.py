@@ -23,11 +23,11 @@ LEVELS = [
     {"methods", "recipes", "initialise", "replay"},
     {"run", "train"},
     {"eval", "launch"},
-    {"cli", "demo"},
+    {"cli", "cli_jobs", "demo"},
 ]
 LEVEL = {part: n for n, parts in enumerate(LEVELS) for part in parts}
-LAZY_TOP = {"", "cli", "demo"}  # may reach eval, launch and the trainer, inside functions only
-NO_TORCH = {"", "errors", "wording", "schema", "config", "cli", "recipes", "guard", "durable", "spikes", "log"}
+LAZY_TOP = {"", "cli", "cli_jobs", "demo"}  # may reach eval, launch and the trainer, inside functions only
+NO_TORCH = {"", "errors", "wording", "schema", "config", "cli", "cli_jobs", "recipes", "guard", "durable", "spikes", "log"}
 FORBIDDEN = {  # part -> parts it must not import, although the levels would allow it
     "backbones": {"data"},
     "data": {"backbones"},
