@@ -88,6 +88,13 @@ def _options(values: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def _ports(value: str) -> str:
+    match = re.fullmatch(r"(\d{1,5})-(\d{1,5})", value)
+    if not match or not 1024 <= int(match[1]) <= int(match[2]) - 3 <= 65535 - 3:
+        raise ValueError("a range of at least 4 ports within 1024-65535, as in 29500-29600")
+    return value
+
+
 Line = Annotated[str, BeforeValidator(_text), AfterValidator(_one_line)]
 Option = bool | int | str | None
 Options = Annotated[dict[str, Option], AfterValidator(_options)]
@@ -152,6 +159,11 @@ class Cluster(Section):
     """Further options: `exclusive: true` is --exclusive, `mail-type: END` is --mail-type=END; null leaves one out."""
     srun: Options = Field(default_factory=dict)
 
+    ports: Annotated[Line, AfterValidator(_ports)] | None = None
+    """Of which a job takes one for its ranks to meet, as in 29500-29600; null: 20000-31999."""
+    evaluation: dict[str, Any] = Field(default_factory=dict)
+    """Keys that differ for the jobs that evaluate, which otherwise take one task on one node, and one GPU if there are any."""
+
     signal_before_s: Annotated[int, Field(ge=10, le=65535)] = 300
     """Seconds before the limit at which a job is told to save and go. Slurm may tell it a minute early."""
     requeue: RequeuePolicy = RequeuePolicy()
@@ -164,13 +176,30 @@ class Cluster(Section):
             raise ValueError(f"signal_before_s={self.signal_before_s} is not within time={self.time} (minutes)")
         if self.gpu_type and (self.gpu_request == "none" or not self.gpus_per_node):
             raise ValueError(f"gpu_type={self.gpu_type!r}, but gpus_per_node and gpu_request ask for none")
-        if self.kind == "local":
+        if self.kind != "slurm":
             if self.nodes > 1:
-                raise ValueError(f"nodes={self.nodes}: a local cluster is this machine alone")
+                raise ValueError(f"nodes={self.nodes}: kind: {self.kind} is this machine alone")
             foreign = ("partition", "account", "qos", "constraint", "gpu_type", "mem", "sbatch", "srun")
             if given := [key for key in foreign if getattr(self, key)]:
                 raise ValueError(f"{', '.join(given)}: only for kind: slurm")
+        if self.evaluation:
+            try:
+                self.for_evaluation()
+            except UserError as error:
+                raise ValueError(str(error)) from None
         return self
+
+    def for_evaluation(self) -> "Cluster":
+        """What an evaluation asks for, after the training or beside it. Raises UserError."""
+        given = self.evaluation
+        for key in ("kind", "evaluation"):
+            if key in given:
+                raise UserError(f"evaluation.{key}: cannot differ for evaluations")
+        values = self.model_dump(exclude={"evaluation"})
+        values |= {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": min(1, self.gpus_per_node)}
+        if given.get("gpus_per_node") == 0:
+            values["gpu_type"] = None
+        return config.validate(Cluster, config.merge(values, given), where="evaluation", prefix="evaluation.")
 
     @property
     def tasks(self) -> int:

@@ -4,7 +4,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,29 +31,40 @@ _NOT_OF_SBATCH = {
 # Variables of a job or a rank: one that submits another must not hand them on.
 _OF_A_JOB = ("SLURM_", "SLURMD_", "SUBMITIT_", "PMI_", "PMIX_", "TORCHELASTIC_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
 _OF_A_RANK = {"RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+_OF_A_RANK |= {"SELFSUP_JOB", "SELFSUP_RESTART"}
 _DEVICES = {"CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL"}
 _KEPT = {"SLURM_CONF", "SLURM_CLUSTERS"}
 # SBATCH_NAME sets an option, and wins over the script. Some are not called like the option.
-_VARIABLES = {"timelimit": "time", "mem_per_node": "mem"}
+_VARIABLES = {"timelimit": "time", "mem_per_node": "mem", "kill_invalid_dep": "kill_on_invalid_dep"}
 _ALWAYS_WRITTEN = {"array_inx", "error", "input", "job_name", "no_requeue", "open_mode", "output", "requeue", "signal"}
 
 
 class Sbatch(SlurmExecutor):
     """submitit's executor with the parameters of a cluster, whose tasks each run `command`, a line of shell.
 
-    folder: for the script and the logs, JOB_submission.sh and JOB_RANK_log.out and .err; it must be seen by every node.
+    folder: for the script, JOB_submission.sh, and the logs: JOB_RANK_log.out holds what a rank writes (JOB is
+    ARRAY_INDEX for an array), JOB_log.out what the script itself and srun write; it must be seen by every node.
+    after: lines of shell that follow when all tasks have ended, also after a SIGTERM to the whole job.
     Works without Slurm until `launch`, so that a script can be read anywhere.
     """
 
     def __init__(
-        self, cluster: Cluster, folder: Path, command: str, *, name: str = "selfsup", dependency: str | None = None
+        self,
+        cluster: Cluster,
+        folder: Path,
+        command: str,
+        *,
+        name: str,
+        dependency: str | None = None,
+        after: Sequence[str] = (),
     ) -> None:
         if cluster.kind != "slurm":
             raise ValueError(f"a script is for kind: slurm, not {cluster.kind}")
         check_folder(folder)
         super().__init__(folder)
         self.command = f"{cluster.container} {command}" if cluster.container else command
-        self.update_parameters(**parameters(cluster, name=name, dependency=dependency))
+        self.update_parameters(**parameters(cluster, name=name, dependency=dependency, after=after))
+        self._written: Path | None = None
 
     @classmethod
     def affinity(cls) -> int:
@@ -65,6 +76,7 @@ class Sbatch(SlurmExecutor):
         return self.command
 
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        self._written = submission_file_path
         unset = [word for name in foreign_variables(os.environ, self.parameters) for word in ("-u", name)]
         sbatch = list(super()._make_submission_command(submission_file_path))
         return ["env", *unset, *sbatch] if unset else sbatch
@@ -85,11 +97,17 @@ class Sbatch(SlurmExecutor):
         except (FailedJobError, FailedSubmissionError) as error:
             said = re.findall(r"^sbatch: (?:error: )?(.*)$", str(error), re.M) or [str(error).strip().splitlines()[-1]]
             raise UserError(f"sbatch refuses the job: {'; '.join(said)}") from None
+        finally:
+            if self._written is not None:  # the script, or where it was before it had a number
+                self._written.unlink(missing_ok=True)
 
     def _set_count(self, count: int | None) -> None:
         self.parameters.pop("map_count", None)
         if count is not None:
             self.parameters["map_count"] = count
+        # submitit would mix what the script and srun say into the log of rank 0
+        own = Path(self.folder) / ("%j_log.out" if count is None else "%A_%a_log.out")
+        self.parameters["additional_parameters"]["output"] = str(own)
 
 
 def check_folder(folder: Path) -> None:
@@ -99,7 +117,15 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"run folder {folder}: Slurm takes {bad[0]!r} in the path of a log for something else")
 
 
-def parameters(cluster: Cluster, *, name: str, dependency: str | None = None) -> dict[str, Any]:
+_SURVIVE = (
+    "set +e      # whatever the lines above chose, what follows srun decides about a requeue",
+    "trap : TERM # preemption, limits and scancel end the script as well, which would then decide nothing",
+)
+
+
+def parameters(
+    cluster: Cluster, *, name: str, dependency: str | None = None, after: Sequence[str] = ()
+) -> dict[str, Any]:
     """The parameters of submitit's executor. What is None is left to the partition."""
     gpus = f"{cluster.gpu_type}:{cluster.gpus_per_node}" if cluster.gpu_type else cluster.gpus_per_node
     asked = cluster.gpu_request if cluster.gpus_per_node else "none"
@@ -120,11 +146,17 @@ def parameters(cluster: Cluster, *, name: str, dependency: str | None = None) ->
         "wckey": None,  # submitit's default is refused where such keys are checked
         "array_parallelism": cluster.array_parallelism,
         "signal_delay_s": cluster.signal_before_s,
-        "setup": [*(f"export {k}={shlex.quote(v)}" for k, v in cluster.env.items()), *cluster.setup] or None,
+        "setup": [*(f"export {k}={shlex.quote(v)}" for k, v in cluster.env.items()), *cluster.setup, *_SURVIVE],
+        "teardown": [*after] or None,
+        "stderr_to_stdout": True,
     }
     known = SlurmExecutor._valid_parameters() - _NOT_OF_SBATCH
     further: dict[str, Any] = {"requeue": True}
+    if dependency:  # else a job whose condition can never hold is queued for ever
+        further["kill-on-invalid-dep"] = "yes"
     for option, value in cluster.sbatch.items():
+        if option == "dependency" and dependency:  # that of the first job holds for those that wait for it
+            continue
         if (key := option.replace("-", "_")) in known:
             values[key] = None if value is False else value
         else:
@@ -148,6 +180,7 @@ def foreign_variables(environ: Mapping[str, str], written: Mapping[str, Any]) ->
     written: the script's parameters. SBATCH_ACCOUNT and the like, which people set for good, count where it says nothing.
     """
     own = {key for key, value in written.items() if value is not None} | _ALWAYS_WRITTEN
+    own |= {key.replace("-", "_") for key in written.get("additional_parameters") or ()}
     found = []
     for name in environ:
         option = name.removeprefix("SBATCH_").lower() if name.startswith("SBATCH_") else ""
@@ -155,10 +188,3 @@ def foreign_variables(environ: Mapping[str, str], written: Mapping[str, Any]) ->
         if of_a_job or name in _OF_A_RANK | _DEVICES or _VARIABLES.get(option, option) in own:
             found.append(name)
     return sorted(found)
-
-
-def sbatch_script(
-    cluster: Cluster, folder: Path, command: str, *, name: str = "selfsup", count: int | None = None
-) -> str:
-    """The exact script that `Sbatch.launch` submits."""
-    return Sbatch(cluster, folder, command, name=name).text(count)

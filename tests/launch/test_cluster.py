@@ -29,11 +29,11 @@ def test_built_in_clusters(name: str, tmp_path: Path):
     copy = tmp_path / "copy.yaml"
     copy.write_text(dump(cluster))
     assert load(str(copy)) == cluster
-    assert name == "local" or cluster.kind == "slurm"
+    assert cluster.kind == (name if name in ("local", "debug") else "slurm")
 
 
 def test_which_are_built_in():
-    assert cluster_names() == ["example_container", "example_gres", "local", "slurm"]
+    assert cluster_names() == ["debug", "example_container", "example_gres", "local", "slurm"]
 
 
 def test_nothing_of_a_site_is_a_default():
@@ -131,7 +131,18 @@ def test_ranks(overrides: list[str], tasks: int, world: int):
         ('sbatch={comment: "a\\nb"}', "one line of text"),
         ("signal_before_s=100000", "signal_before_s=100000"),
         ("requeue.timeouts=-1", "requeue.timeouts=-1"),
-        ("kind=pbs", "'slurm' or 'local'"),
+        ("kind=pbs", "'slurm', 'local' or 'debug'"),
+        ("ports=29500", "ports=29500: "),
+        ("ports=80-90", "ports='80-90': a range of at least 4 ports within 1024-65535, as in 29500-29600"),
+        ("ports=29500-29502", "at least 4 ports"),
+        ("ports=65533-65536", "at least 4 ports"),
+        ("ports=29600-29500", "at least 4 ports"),
+        ("evaluation=3", "evaluation=3"),
+        ("evaluation.tme=5", "evaluation: unknown key 'evaluation.tme'; did you mean evaluation.time?"),
+        ("evaluation.mem=5", "evaluation.mem=5: memory of a node"),
+        ("evaluation.kind=local", "evaluation.kind: cannot differ"),
+        ("evaluation.evaluation={}", "evaluation.evaluation: cannot differ"),
+        ("evaluation.time=5", "signal_before_s=300 is not within time=5"),
     ],
 )
 def test_refusals(override: str, expected: str):
@@ -145,11 +156,34 @@ def test_refusals(override: str, expected: str):
         (["gpu_type=a100", "gpu_request=none"], "gpu_type='a100'"),
         (["gpu_type=a100", "gpus_per_node=0"], "gpu_type='a100'"),
         (["kind=local", "nodes=2"], "this machine alone"),
+        (["kind=debug", "account=p"], "account: only for kind: slurm"),
         (["kind=local", "partition=p", "mem=1G", "srun.mpi=none"], "partition, mem, srun: only for kind: slurm"),
     ],
 )
 def test_refusals_of_combinations(overrides: list[str], expected: str):
     assert expected in refusal(*overrides)
+
+
+def test_evaluation_takes_little_unless_told_otherwise():
+    """One task on one node and one GPU; the rest, also the options of sbatch, as the training."""
+    training = ["nodes=4", "gpus_per_node=8", "gpu_type=a100", "array_parallelism=3", "account=a", "sbatch.nice=5"]
+    small = load("slurm", training).for_evaluation()
+    assert (small.nodes, small.tasks, small.gpus_per_node, small.gpu_type) == (1, 1, 1, "a100")
+    assert (small.array_parallelism, small.account, small.sbatch) == (3, "a", {"nice": 5})
+    assert load("slurm", ["gpus_per_node=0", "tasks_per_node=4"]).for_evaluation().world_size == 1
+    given = ["evaluation.time=0:30:00", "evaluation.partition=cpu", "evaluation.gpus_per_node=0", "evaluation.mem=8G"]
+    given += ["evaluation.sbatch={nice: 7, exclude: n7}", "evaluation.env.A=1", "env.B=2"]
+    cluster = load("slurm", [*training, *given])
+    other = cluster.for_evaluation()
+    assert (other.time, other.partition, other.gpus_per_node, other.gpu_type, other.mem) == (30, "cpu", 0, None, "8G")
+    assert other.sbatch == {"nice": 7, "exclude": "n7"} and other.env == {"A": "1", "B": "2"}
+    assert (cluster.time, cluster.gpus_per_node, cluster.evaluation["partition"]) == (1440, 8, "cpu")
+    assert other.for_evaluation().gpus_per_node == 0 and not other.evaluation
+
+
+@pytest.mark.parametrize("ports", ["1024-1027", "29500-29600", "65532-65535"])
+def test_ports(ports: str):
+    assert load("slurm", [f"ports={ports}"]).ports == ports
 
 
 def test_unknown_clusters(tmp_path: Path):

@@ -1,21 +1,27 @@
 """The sbatch script: what is shown is what is submitted, and a real Slurm takes it and does what it says."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from selfsup.errors import UserError
 from selfsup.launch.cluster import load
-from selfsup.launch.script import Sbatch, foreign_variables, sbatch_script
+from selfsup.launch.script import Sbatch, foreign_variables
 from tests.slurm.cluster import Slurm
 
 HERE = ("partition=low", "time=20", "gpus_per_node=0", "cpus_per_task=1")
 """What the test cluster has."""
 
 
-def lines(*overrides: str, name: str = "slurm", command: str = "true") -> list[str]:
-    """Of the script of this cluster."""
-    return sbatch_script(load(name, overrides), Path("/runs/a"), command).splitlines()
+def script_of(overrides: Iterable[str], folder: Path, command: str = "true", name: str = "selfsup") -> str:
+    """For the cluster `slurm` with these overrides."""
+    return Sbatch(load("slurm", overrides), folder, command, name=name).text()
+
+
+def lines(*overrides: str) -> list[str]:
+    """Of such a script; the last is srun's."""
+    return script_of(overrides, Path("/runs/a")).splitlines()
 
 
 def test_options():
@@ -69,7 +75,7 @@ def test_environment_setup_and_container():
 def test_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A script can be read on a machine that has no Slurm; submitting there says so."""
     monkeypatch.setenv("PATH", "/nowhere")
-    job = Sbatch(load("slurm"), tmp_path / "x", "true")
+    job = Sbatch(load("slurm"), tmp_path / "x", "true", name="x")
     assert "#SBATCH --nodes=1" in job.text()
     with pytest.raises(UserError, match="sbatch is not found"):
         job.launch()
@@ -79,17 +85,17 @@ def test_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("name", ["a%j", "a'b", 'a"b', "a\\b", "a\nb"])
 def test_folders_that_slurm_would_misread(name: str, tmp_path: Path):
     with pytest.raises(UserError, match="Slurm takes"):
-        sbatch_script(load("slurm"), tmp_path / name, "true")
+        script_of([], tmp_path / name)
 
 
 def test_what_a_job_must_not_inherit():
-    job = "SLURM_CONF SLURM_JOB_ID SLURM_RESTART_COUNT RANK CUDA_VISIBLE_DEVICES SUBMITIT_EXECUTOR"
-    person = "PATH HOME SBATCH_ACCOUNT SBATCH_TIMELIMIT SBATCH_PARTITION SBATCH_SIGNAL SBATCH_QOS"
+    job = "SLURM_CONF SLURM_JOB_ID SLURM_RESTART_COUNT RANK CUDA_VISIBLE_DEVICES SUBMITIT_EXECUTOR SELFSUP_JOB"
+    person = "PATH HOME SBATCH_ACCOUNT SBATCH_TIMELIMIT SBATCH_PARTITION SBATCH_SIGNAL SBATCH_QOS SBATCH_CORE_SPEC"
     environ = dict.fromkeys([*job.split(), *person.split()], "x")
-    expected = (
-        "CUDA_VISIBLE_DEVICES RANK SBATCH_PARTITION SBATCH_SIGNAL SBATCH_TIMELIMIT SLURM_JOB_ID SLURM_RESTART_COUNT"
-    )
-    found = foreign_variables(environ, {"partition": "p", "time": 3, "account": None})
+    expected = "CUDA_VISIBLE_DEVICES RANK SBATCH_CORE_SPEC SBATCH_PARTITION SBATCH_SIGNAL SBATCH_TIMELIMIT SELFSUP_JOB"
+    expected += " SLURM_JOB_ID SLURM_RESTART_COUNT"
+    written = {"partition": "p", "time": 3, "account": None, "additional_parameters": {"core-spec": 1}}
+    found = foreign_variables(environ, written)
     assert found == [*expected.split(), "SUBMITIT_EXECUTOR"]
 
 
@@ -118,11 +124,11 @@ def test_slurm_accepts_the_scripts(here: Slurm, folder: Path):
         ["gpus_per_node=2", "sbatch.exclusive=true", "sbatch.comment=a 'b' c", "sbatch.exclude=n2"],
         ["srun.mpi=none", "setup=[echo a, ulimit -n 1024]"],
     ):
-        script = sbatch_script(load("slurm", [*HERE, *overrides]), folder, "true", name="a b")
+        script = script_of([*HERE, *overrides], folder, name="a b")
         status, _, err = here.try_command("sbatch", "--test-only", stdin=script)
         assert status == 0, f"{overrides}: {err}\n{script}"
     for overrides in (["partition=nowhere"], ["nodes=3"], ["gpus_per_node=3"], ["sbatch.nosuch=1"]):
-        script = sbatch_script(load("slurm", [*HERE, *overrides]), folder, "true")
+        script = script_of([*HERE, *overrides], folder)
         assert here.try_command("sbatch", "--test-only", stdin=script)[0] != 0, script
 
 
@@ -137,19 +143,20 @@ def test_what_is_shown_is_submitted_and_runs(here: Slurm, folder: Path, tmp_path
     (tmp_path / "show.sh").write_text(SHOW)
     asked = ["nodes=2", "tasks_per_node=2", "cpus_per_task=3", "gpus_per_node=2", f"gpu_request={request_}"]
     cluster = load("slurm", [*HERE, *asked, "env.A='x  \"$HOME'", "setup=export B=$(echo b)"])
-    job = Sbatch(cluster, folder, f"sh {tmp_path}/show.sh", name="show me")
+    job = Sbatch(cluster, folder, f"sh {tmp_path}/show.sh", name="show me", after=["echo code $?"])
     shown = job.text()
     number = job.launch()
     assert (folder / f"{number}_submission.sh").read_text() == shown
     assert here.wait(number, "COMPLETED")["JobName"] == "show me"
     logs = [(folder / f"{number}_{rank}_log.out").read_text() for rank in range(4)]
     assert logs == [f'{rank}/4 n{rank // 2 + 1} 0,1 CPUs=12 x "$HOME b\n' for rank in range(4)]
+    assert (folder / f"{number}_log.out").read_text().endswith("code 0\n")
     assert here.job(number)["NumCPUs"] == "12"
 
 
 def test_logs_go_on_after_a_requeue(here: Slurm, folder: Path):
     command = "sh -c 'echo begun $SLURM_RESTART_COUNT; exec sleep 600'"
-    number = Sbatch(load("slurm", [*HERE, "nodes=2"]), folder, command).launch()
+    number = Sbatch(load("slurm", [*HERE, "nodes=2"]), folder, command, name="x").launch()
     logs = [folder / f"{number}_{rank}_log.out" for rank in range(2)]
 
     def begun(times: int) -> bool:
@@ -158,19 +165,36 @@ def test_logs_go_on_after_a_requeue(here: Slurm, folder: Path):
     here.poll(lambda: begun(1), 60, "it does not start")
     here.command("scontrol", "requeue", number)
     here.poll(lambda: begun(2), 90, "it does not start again")
-    assert [log.read_text() for log in logs] == ["begun\nbegun 1\n"] * 2
+    said = [[line for line in log.read_text().splitlines() if "begun" in line] for log in logs]
+    assert said == [["begun", "begun 1"]] * 2
 
 
 def test_ranks_do_not_outlive_one_that_was_killed(here: Slurm, folder: Path):
     command = "sh -c 'echo up; [ $SLURM_PROCID = 3 ] && kill -9 $$; exec sleep 600'"
-    number = Sbatch(load("slurm", [*HERE, "nodes=2", "tasks_per_node=2"]), folder, command).launch()
+    number = Sbatch(load("slurm", [*HERE, "nodes=2", "tasks_per_node=2"]), folder, command, name="x").launch()
     assert here.wait(number, "FAILED")["ExitCode"] != "0:0"
-    assert "tasks 0-1: Terminated" in (folder / f"{number}_0_log.err").read_text()
+    assert "tasks 0-1: Terminated" in (folder / f"{number}_log.out").read_text()
+
+
+def test_what_follows_srun_survives_the_signals_of_a_job(here: Slurm, folder: Path):
+    """It is run, with the tasks' exit code, after a TERM to the whole job, and although `setup` chose set -e."""
+    command = "sh -c 'trap \"exit 75\" TERM; echo up; echo aside >&2; while :; do sleep 0.1; done'"
+    cluster = load("slurm", [*HERE, "setup=[set -e, echo set up]"])
+    after = ["code=$?", "echo ended with $code", "exit 3"]
+    number = Sbatch(cluster, folder, command, name="x", after=after).launch()
+    rank, batch = folder / f"{number}_0_log.out", folder / f"{number}_log.out"
+    here.poll(lambda: rank.exists() and "aside" in rank.read_text(), 60, "it does not start")
+    here.command("scancel", "--batch", "--signal=TERM", number)
+    here.command("scancel", "--signal=TERM", number)  # that of the tasks
+    assert here.wait(number, "FAILED")["ExitCode"] == "3:0"
+    assert "set up\n" in batch.read_text() and "ended with 75\n" in batch.read_text()
+    assert rank.read_text().startswith("up\naside\n") and "aside" not in batch.read_text()
+    assert sorted(path.name for path in folder.iterdir()) == sorted([batch.name, rank.name, f"{number}_submission.sh"])
 
 
 def test_arrays(here: Slurm, folder: Path):
     command = "sh -c 'echo run $SLURM_ARRAY_TASK_ID'"
-    job = Sbatch(load("slurm", [*HERE, "array_parallelism=2"]), folder, command)
+    job = Sbatch(load("slurm", [*HERE, "array_parallelism=2"]), folder, command, name="x")
     shown = job.text(3)
     assert "#SBATCH --array=0-2%2" in shown.splitlines() and "--array" not in job.text()
     number = job.launch(3)
@@ -178,12 +202,16 @@ def test_arrays(here: Slurm, folder: Path):
     logs = [folder / f"{number}_{index}_0_log.out" for index in range(3)]
     here.poll(lambda: all(log.exists() and log.read_text() for log in logs), 60, "they do not run")
     assert [log.read_text() for log in logs] == [f"run {index}\n" for index in range(3)]
+    assert all((folder / f"{number}_{index}_log.out").exists() for index in range(3))
 
 
 def test_dependency(here: Slurm, folder: Path):
-    first = Sbatch(load("slurm", HERE), folder, "sleep 600").launch()
-    second = Sbatch(load("slurm", HERE), folder, "true", dependency=f"afterok:{first}").launch()
+    first = Sbatch(load("slurm", HERE), folder, "sleep 600", name="x").launch()
+    waiting = load("slurm", [*HERE, "sbatch.dependency=afterany:1"])
+    second = Sbatch(waiting, folder, "true", name="y", dependency=f"afterok:{first}").launch()
     assert here.wait(second, "PENDING")["Dependency"] == f"afterok:{first}(unfulfilled)"
+    here.cancel(first)
+    here.wait(second, "CANCELLED")  # it can never start: no job that waits for ever
 
 
 def test_submission_from_inside_another_allocation(here: Slurm, folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -194,7 +222,7 @@ def test_submission_from_inside_another_allocation(here: Slurm, folder: Path, mo
     for name, value in {**marks, "SBATCH_PARTITION": "high", "SBATCH_ACCOUNT": "kept", "RANK": "7"}.items():
         monkeypatch.setenv(name, value)
     command = "sh -c 'echo $SLURM_NNODES ${RANK-none} ${CUDA_VISIBLE_DEVICES-none} ${SLURM_GPUS_PER_NODE-none}'"
-    number = Sbatch(load("slurm", HERE), folder, command).launch()
+    number = Sbatch(load("slurm", HERE), folder, command, name="x").launch()
     job = here.wait(number, "COMPLETED")
     assert (job["Partition"], job["NumNodes"], job["Account"]) == ("low", "1", "kept")
     assert number != marks["SLURM_JOB_ID"]
@@ -202,7 +230,9 @@ def test_submission_from_inside_another_allocation(here: Slurm, folder: Path, mo
 
 
 def test_what_slurm_refuses(here: Slurm, folder: Path):
+    folder.mkdir()
     with pytest.raises(UserError) as caught:
-        Sbatch(load("slurm", [*HERE, "partition=nowhere"]), folder, "true").launch()
+        Sbatch(load("slurm", [*HERE, "partition=nowhere"]), folder, "true", name="x").launch()
     assert "sbatch refuses the job: invalid partition specified: nowhere" in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 2
+    assert not list(folder.iterdir()), "no script is left of what was refused"
