@@ -2,6 +2,9 @@
 
 `flock` alone would not do: many cluster file systems do not pass it on to other hosts. It only guards the moment in which
 a lease changes hands; a start that lost the folder meanwhile (stopped, cut off from the disk) finds that out in `check`.
+
+A job that a scheduler starts again does not wait for its earlier start, which it may have lost sight of: it takes the lease,
+and the earlier one, whose heartbeat sees that, ends its process (see `fence`).
 """
 
 import contextlib
@@ -14,15 +17,16 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from selfsup.errors import UserError
+from selfsup.guard.fence import end_process, superseded
+from selfsup.guard.incarnation import Incarnation
+from selfsup.guard.leasefile import FILE, Seen, create, look
 from selfsup.guard.processes import Process
 
-FILE = "lease.json"
 LOCK = ".lease-lock"
 TEMPORARY = ".lease-tmp-"
 PATIENCE_S = 60.0
@@ -34,8 +38,17 @@ _LOCK_WAIT_S = 10.0
 class Lease:
     """The right to write to a run folder; a context manager that gives it back."""
 
-    def __init__(self, run: Path, interval_s: float, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        run: Path,
+        interval_s: float,
+        say: Callable[[str], None],
+        on_superseded: Callable[[str], None] = end_process,
+    ) -> None:
         self.token = secrets.token_hex(16)
+        self._incarnation = Incarnation.of_environment()
+        self._on_superseded = on_superseded
+        self._superseded = False
         self._run, self._path, self._say = run, run / FILE, say
         self._pid = os.getpid()
         self._fd: int | None = None
@@ -45,15 +58,25 @@ class Lease:
 
     @classmethod
     def acquire(
-        cls, run: Path, *, interval_s: float = 5.0, patience_s: float = PATIENCE_S, say: Callable[[str], None]
+        cls,
+        run: Path,
+        *,
+        interval_s: float = 5.0,
+        patience_s: float = PATIENCE_S,
+        say: Callable[[str], None],
+        on_superseded: Callable[[str], None] = end_process,
     ) -> "Lease":
         """Write RUN/lease.json and renew it every `interval_s` seconds.
 
         A lease whose process is gone from this host is taken over at once. That of another host (or container, or one that
         cannot be read) is watched for `patience_s` seconds, and taken over if it is not renewed.
-        Raises UserError if the run is in use, or the folder cannot be written.
+
+        That of an earlier start of this process's job is taken over at once, also if it lives: then two intervals are
+        waited, in which all its ranks notice and end. on_superseded: called with the reason, in any thread, where that
+        happens to this lease; it should end the process.
+        Raises UserError if the run is in use, a later start of this job has it, or the folder cannot be written.
         """
-        lease = cls(run, interval_s, say)
+        lease = cls(run, interval_s, say, on_superseded)
         try:
             lease._acquire(patience_s)
         except OSError as error:
@@ -64,19 +87,29 @@ class Lease:
         except BaseException:
             lease._close()
             raise
-        lease._thread.start()
+        lease._thread.start()  # it beats, and may itself be superseded, during the wait
+        if lease._superseded:
+            try:
+                time.sleep(2 * interval_s)
+            except BaseException:
+                lease.release()
+                raise
         return lease
 
     def check(self) -> None:
-        """Raise UserError if the lease on disk is no longer this one: whoever gets that must not write."""
+        """Raise UserError if the lease on disk is no longer this one: whoever gets that must not write.
+
+        If a later start of this process's job has it, the process ends here (see `acquire`).
+        """
         try:
-            seen = _look(self._path)
+            seen = look(self._path)
         except OSError as error:
             raise UserError(
                 f"{self._path}: cannot be read: {error.strerror or error}; nothing more is written"
             ) from None
         if seen is not None and seen.token == self.token:
             return
+        self._end_if_superseded(seen)
         if seen is not None:
             raise UserError(f"{self._run} was taken over by {seen.who()}; nothing more is written here")
         what = self._path if self._run.is_dir() else self._run
@@ -109,30 +142,50 @@ class Lease:
         give_up = time.monotonic() + 2 * patience_s + 30
         while time.monotonic() < give_up:
             with _lock(self._run):
-                found = _look(self._path)
+                found = look(self._path)
                 if found is None and self._put(replace=False):
                     return
             if found is None:
                 time.sleep(0.05)
                 continue
             alive = found.process.alive() if found.process else None
-            if alive:
-                raise UserError(f"{self._run} is in use by {found.who()}; wait for it or stop it")
-            if alive is None and not self._is_silent(found, patience_s):
-                continue  # given back meanwhile
+            supersedes = self._supersedes(found) and alive is not False
+            if not supersedes:
+                if alive:
+                    raise UserError(f"{self._run} is in use by {found.who()}; wait for it or stop it")
+                if alive is None and not self._is_silent(found, patience_s):
+                    continue  # given back meanwhile
             with _lock(self._run) as locked:
-                if _look(self._path) != found or not self._put(replace=True):
+                now = look(self._path)
+                same = now == found or (supersedes and now is not None and now.token == found.token)  # it still beats
+                if not same or not self._put(replace=True):
                     continue
             if not locked:
                 time.sleep(_SETTLE_S)
-            if self._is_ours():
-                self._say(
-                    f"taking over {self._run} from {found.who()}, which {'is silent' if alive is None else 'is gone'}"
-                )
-                return
+            if not self._is_ours():
+                continue
+            if supersedes:
+                self._superseded = True
+                state = f"an earlier start of {self._incarnation}; waiting {2 * self._interval_s:g} s for it to end"
+            else:
+                state = "which is silent" if alive is None else "which is gone"
+            self._say(f"taking over {self._run} from {found.who()}, {state}")
+            return
         raise UserError(f"{self._path}: cannot be taken; remove it if no process is using the run")
 
-    def _is_silent(self, found: "_Seen", patience_s: float) -> bool:
+    def _supersedes(self, found: "Seen") -> bool:
+        """Whether an earlier start of our job holds it. Raises UserError if a later one does."""
+        own, theirs = self._incarnation, found.incarnation
+        if own is None or theirs is None:
+            return False
+        if theirs.supersedes(own):
+            raise UserError(
+                f"{self._run}: a later start of job {own.job} (restart {theirs.restart}) has it: {found.who()}; "
+                f"this is restart {own.restart}\nif that job is over, and its number was given to a new one, remove {self._path}"
+            )
+        return own.supersedes(theirs)
+
+    def _is_silent(self, found: "Seen", patience_s: float) -> bool:
         """Watch a lease whose process cannot be asked: True if nothing renewed it, False if it is no more there.
 
         Only changes count: the clocks of two hosts are not compared.
@@ -141,7 +194,7 @@ class Lease:
         end = time.monotonic() + patience_s
         while (left := end - time.monotonic()) > 0:
             time.sleep(min(left, self._interval_s / 4, 1.0))
-            now = _look(self._path)
+            now = look(self._path)
             if now is None:
                 return False
             if now != found:
@@ -158,9 +211,10 @@ class Lease:
                 old.unlink()
         temporary = self._run / (TEMPORARY + self.token)
         since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        text = json.dumps({"token": self.token, **asdict(Process.current()), "since": since}) + "\n"
+        own = asdict(self._incarnation) if self._incarnation is not None else {}
+        text = json.dumps({"token": self.token, **asdict(Process.current()), "since": since, **own}) + "\n"
         try:
-            self._fd = _create(temporary, text)
+            self._fd = create(temporary, text)
             if replace:
                 os.replace(temporary, self._path)
             else:
@@ -180,10 +234,10 @@ class Lease:
             if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
                 raise
             self._close()  # no hard links here (exFAT, some network drives)
-            self._fd = _create(self._path, text)
+            self._fd = create(self._path, text)
 
     def _is_ours(self) -> bool:
-        seen = _look(self._path)
+        seen = look(self._path)
         return seen is not None and seen.token == self.token
 
     def _close(self) -> None:
@@ -208,6 +262,16 @@ class Lease:
                 if failing:
                     self._tell(f"{self._path}: renewed again")
                 failing = False
+            if self._incarnation is not None:
+                with contextlib.suppress(OSError):
+                    if self._end_if_superseded(look(self._path)):
+                        return
+
+    def _end_if_superseded(self, seen: Seen | None) -> bool:
+        reason = superseded(seen, self._incarnation, self._run)
+        if reason is not None:
+            self._on_superseded(reason)
+        return reason is not None
 
     def _tell(self, text: str) -> None:
         with contextlib.suppress(Exception):  # a closed terminal must not end the heartbeat
@@ -220,7 +284,7 @@ def holder(run: Path, patience_s: float = PATIENCE_S) -> str | None:
     For a process of another host, by the age of its heartbeat: `patience_s` seconds at most, if the clocks agree.
     """
     try:
-        seen = _look(run / FILE)
+        seen = look(run / FILE)
     except OSError:
         return None
     if seen is None:
@@ -229,77 +293,6 @@ def holder(run: Path, patience_s: float = PATIENCE_S) -> str | None:
     if alive is None:
         alive = time.time() - seen.mtime_ns / 1e9 < patience_s
     return seen.who() if alive else None
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """A lease file as it was once; two are equal if nothing touched it in between."""
-
-    raw: bytes
-    mtime_ns: int
-    inode: int
-
-    @property
-    def _values(self) -> dict[str, Any]:
-        try:
-            values = json.loads(self.raw)
-        except (ValueError, RecursionError):
-            return {}
-        return values if isinstance(values, dict) else {}
-
-    @property
-    def token(self) -> str | None:
-        return self._values.get("token")
-
-    @property
-    def process(self) -> Process | None:
-        return Process.parse(self._values)
-
-    def who(self) -> str:
-        process, since = self.process, self._values.get("since")
-        since = since if isinstance(since, str) and since.isprintable() and len(since) < 40 else None
-        if process is None:
-            return f"an unknown process ({FILE} cannot be read)"
-        state = process.state()
-        shown = f" ({state})" if state.startswith("stopped") else ""
-        return f"process {process.pid}{shown} on host {process.host}" + (f" since {since}" if since else "")
-
-
-def _look(path: Path) -> _Seen | None:
-    """Through a fresh descriptor: network file systems ask the server again at each open."""
-    for attempt in range(3):
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                status = os.fstat(fd)
-                with contextlib.suppress(IsADirectoryError, BlockingIOError):
-                    return _Seen(os.read(fd, 1 << 16), status.st_mtime_ns, status.st_ino)
-                return _Seen(b"", status.st_mtime_ns, status.st_ino)
-            finally:
-                os.close(fd)
-        except FileNotFoundError:
-            return None
-        except PermissionError:
-            status = os.stat(path)
-            return _Seen(b"", status.st_mtime_ns, status.st_ino)
-        except OSError as error:
-            if error.errno != errno.ESTALE or attempt == 2:
-                raise
-    raise AssertionError("unreachable")
-
-
-def _create(path: Path, text: str) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    try:
-        left = text.encode()
-        while left:  # a disk that is nearly full takes a part, and refuses the next
-            left = left[os.write(fd, left) :]
-        os.fsync(fd)  # a full network disk says so only now
-    except BaseException:
-        os.close(fd)
-        path.unlink()
-        raise
-    return fd
 
 
 @contextlib.contextmanager

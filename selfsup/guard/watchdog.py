@@ -35,6 +35,8 @@ def alive() -> None:
     """Long work inside one phase of a run (an evaluation) goes on; nothing where no run is watched."""
     if _current is not None:
         _current.at(*_current.where())
+
+
 """When an earlier watch in this process ended."""
 
 
