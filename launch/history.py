@@ -16,9 +16,14 @@ def append(run, event, *, job, restart, task, **fields):
     line.update(fields)
     path = os.path.join(str(run), FILE)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
     try:
-        os.write(fd, (json.dumps(line) + "\n").encode())
+        size = os.fstat(fd).st_size
+        # a line that was cut in half must not take this one along
+        whole = size == 0 or os.pread(fd, 1, size - 1) == b"\n"
+        data = (b"" if whole else b"\n") + (json.dumps(line) + "\n").encode()
+        if os.write(fd, data) < len(data):
+            raise OSError("the disk is full")
     finally:
         os.close(fd)
 
@@ -31,10 +36,10 @@ def read(run):
     except OSError:
         return []
     events = []
-    for line in raw.splitlines():
+    for line in raw.split(b"\n"):
         try:
             event = json.loads(line.decode())
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(event, dict) and isinstance(event.get("event"), str):
             events.append(event)
