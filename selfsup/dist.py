@@ -13,6 +13,7 @@ from selfsup.errors import UserError
 
 _side: Any = None  # gloo, for agreements between hosts that must not touch the accelerator
 _background: Any = None  # gloo, for the threads that write checkpoints
+_store: tuple[td.Store, int, int] | None = None  # for the next `init`
 
 
 def env_world() -> tuple[int, int, int, int]:
@@ -26,18 +27,36 @@ def env_world() -> tuple[int, int, int, int]:
     )
 
 
+def use_store(store: td.Store, rank: int, world: int) -> None:
+    """Have the next `init` meet the other ranks in this store, which all have joined, and not at MASTER_ADDR.
+
+    It is used once: a later `init` in this process goes by the environment again.
+    """
+    global _store
+    _store = (store, rank, world)
+
+
 def init(device: torch.device, timeout_s: float = 1800) -> None:
-    """Join the process group named in the environment, if there is one.
+    """Join the process group named in the environment, if there is one; through the store of `use_store`, if one was given.
 
     timeout_s: how long ranks wait for one another in a step. On the host they wait longer, as while rank 0 alone evaluates
     or writes: it is the watchdog that tells this from a hang.
     """
-    global _side, _background
-    _, world, _, _ = env_world()
+    global _side, _background, _store
+    rank, world, _, _ = env_world()
     if world == 1 or td.is_initialized():
         return
     timeout = datetime.timedelta(seconds=timeout_s)
-    td.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if _store is None:
+        td.init_process_group(backend, timeout=timeout)
+    else:
+        store, *place = _store
+        if place != [rank, world]:
+            raise ValueError(f"the store is that of rank {place[0]} of {place[1]}, the environment's {rank} of {world}")
+        _store = None
+        store.set_timeout(timeout)
+        td.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     patient = max(timeout, datetime.timedelta(days=1))
     _side = td.new_group(backend="gloo", timeout=patient)
     _background = td.new_group(backend="gloo", timeout=patient)
@@ -106,6 +125,18 @@ def gather_bytes(own: bytes) -> list[bytes]:
     parts = [torch.empty_like(mine) for _ in range(world())]
     td.all_gather(parts, mine, group=_background)
     return [bytes(part.tolist()) for part in parts]
+
+
+def gather_texts(own: str) -> list[str]:
+    """Every rank's text, in rank order, through the host-side group."""
+    if not td.is_initialized():
+        return [own]
+    data = own.encode()
+    padded = data.ljust(agree(len(data)), b"\0")
+    mine = torch.frombuffer(bytearray(padded or b"\0"), dtype=torch.uint8)
+    parts = [torch.empty_like(mine) for _ in range(world())]
+    td.all_gather(parts, mine, group=_side)
+    return [bytes(part.tolist()).rstrip(b"\0").decode() for part in parts]
 
 
 def start_agreement(value: int) -> tuple[Tensor, td.Work]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,15 +20,24 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda":
         if not torch.cuda.is_available():
             raise UserError("device=cuda: torch sees no CUDA device here; use device=cpu or device=auto")
-        _, _, local, _ = dist.env_world()
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {local} has no GPU: torch sees {torch.cuda.device_count()}; start fewer processes a node"
-            )
-        device = torch.device("cuda", local)
+        _, _, local, local_world = dist.env_world()
+        device = torch.device("cuda", device_index(local, local_world, torch.cuda.device_count()))
         torch.cuda.set_device(device)
         return device
     return torch.device("cpu")
+
+
+def device_index(local: int, local_world: int, visible: int) -> int:
+    """Which of the `visible` CUDA devices is that of local rank `local` of `local_world`.
+
+    Where each process sees one device only, as when Slurm bound a GPU to each task, it is that one; that all have the
+    same is found by `placement`. Raises UserError if there are too few.
+    """
+    if visible == 1 and local_world > 1:
+        return 0
+    if local >= visible:
+        raise UserError(f"local rank {local} has no GPU: torch sees {visible}; start fewer processes a node")
+    return local
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -56,8 +65,20 @@ def pick_threads(threads: int | None) -> int:
     """Compute threads of this process: its CPUs shared among the ranks on this host. Independent of loader workers."""
     if threads is not None:
         return threads
-    _, _, _, local_world = dist.env_world()
-    return max(1, len(os.sched_getaffinity(0)) // local_world)
+    _, world, _, local_world = dist.env_world()
+    return share_of_cpus(len(os.sched_getaffinity(0)), world, local_world, os.environ)
+
+
+def share_of_cpus(cpus: int, world: int, local_world: int, environ: Mapping[str, str]) -> int:
+    """This rank's share of the `cpus` that its process may use; in a job of Slurm never more than those of its task.
+
+    Where Slurm confines each task to CPUs of its own, and each rank is a task, these are not shared with other ranks.
+    """
+    of_task, tasks = environ.get("SLURM_CPUS_PER_TASK", ""), environ.get("SLURM_NTASKS", "")
+    if not (of_task.isdecimal() and int(of_task) > 0):
+        return max(1, cpus // local_world)
+    confined = cpus <= int(of_task) and tasks == str(world)
+    return max(1, min(cpus if confined else cpus // local_world, int(of_task)))
 
 
 def resolve(config: Config) -> Config:

@@ -205,6 +205,8 @@ class EvalConfig(Section):
     temperature: Annotated[float, Field(gt=0)] = 0.07
     max_train: Positive | None = 20_000
     """At most this many bank images in evaluations during training (a seeded choice)."""
+    as_jobs: bool = False
+    """Evaluations of `every` run as separate jobs beside the training, where it was submitted; figures in RUN/eval/step_*."""
 
 
 class InitConfig(Section):
@@ -283,6 +285,11 @@ class Config(Section):
             raise ValueError(f"accumulate={self.accumulate} does not divide global_batch={self.global_batch}")
         if self.checkpoint.keep_best and not self.eval.every:
             raise ValueError("checkpoint.keep_best needs eval.every: the best are chosen by its k-NN accuracy")
+        if self.checkpoint.keep_best and self.eval.as_jobs:
+            raise ValueError(
+                "checkpoint.keep_best needs figures when a checkpoint is written, and those of eval.as_jobs come later; "
+                "use eval.as_jobs=false or checkpoint.keep_best=0"
+            )
         for key in ("mean", "std"):
             value = getattr(self.data, key)
             if value is not None and len(value) != self.backbone.in_chans:

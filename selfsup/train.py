@@ -11,13 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from selfsup import dist, methods, runfolder, runtime
+from selfsup import dist, methods, placement, runfolder, runtime
 from selfsup.backbones import Backbone
 from selfsup.config import Config
 from selfsup.data import photometric
 from selfsup.data.loader import Batch
 from selfsup.data.views import View
 from selfsup.errors import EarlyStop, UserError
+from selfsup.guard.fence import Fence
 from selfsup.guard.lease import Lease
 from selfsup.guard.watchdog import Watchdog
 from selfsup.initialise import initialise
@@ -66,10 +67,10 @@ def train(
     config = methods.complete(runtime.resolve(config))
     device = runtime.pick_device(config.device)
     dist.init(device, timeout_s=config.hang_timeout)
+    places = placement.survey(device)
     with contextlib.ExitStack() as stack:
         lease = _claim(out, resume)
-        if lease is not None:
-            stack.enter_context(lease)
+        stack.enter_context(lease if lease is not None else Fence(out))
         notes = runfolder.check_resume(config, stored) if stored is not None else []
         watch = Watchdog(
             out / "ranks",
@@ -84,7 +85,7 @@ def train(
         run: Run | None = None
         try:
             run = Run.create(config, out, device, dataset, views, quiet)
-            for note in notes:
+            for note in [*places, *notes]:
                 run.progress.note(note)
             if not (resume and run.resume()):
                 initialise(run.method, config)

@@ -342,6 +342,13 @@ def test_empty_file_is_the_defaults(tmp_path: Path) -> None:
     assert load(str(path)) == load(None)
 
 
+def test_evaluations_as_jobs_have_no_best() -> None:
+    """Their figures come when the checkpoint is long written."""
+    assert load(None, ["eval.every=5", "eval.as_jobs=true"]).eval.as_jobs and not load(None).eval.as_jobs
+    text = refusal("eval.every=5", "eval.as_jobs=true", "checkpoint.keep_best=1")
+    assert "checkpoint.keep_best" in text and "eval.as_jobs=false" in text
+
+
 def test_missing_recipe(tmp_path: Path) -> None:
     assert "demo" in refusal(recipe="demoo")
     assert "did you mean dino_vits16" in refusal(recipe="dino_vit16")

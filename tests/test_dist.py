@@ -316,3 +316,43 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert dist.env_world() == (5, 8, 1, 4)
+
+
+STORE = """
+import datetime
+from torch.distributed import TCPStore
+
+dist.shutdown()
+path, wait = folder / "port", datetime.timedelta(seconds=30)
+if rank == 0:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=wait)
+    durable.write_atomically(path, str(store.port))
+else:
+    while not path.exists():
+        time.sleep(0.01)
+    store = TCPStore("127.0.0.1", int(path.read_text()), is_master=False, timeout=wait)
+os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "no.such.host.invalid", "1"
+
+refused = ""
+dist.use_store(store, rank, world + 1)
+try:
+    dist.init(torch.device("cpu"), timeout_s=30)
+except ValueError as error:
+    refused = str(error)
+dist.use_store(store, rank, world)
+dist.init(torch.device("cpu"), timeout_s=30)
+total = dist.all_reduce_(torch.tensor([rank + 1.0])).item()
+gathered = [x.decode() for x in dist.gather_bytes(str(rank).encode())]
+dist.barrier()
+report(rank=dist.rank(), total=total, gathered=gathered, agreed=dist.agree(rank), refused=refused, left=dist._store is not None)
+"""
+
+
+def test_a_store_instead_of_the_environment(tmp_path: Path) -> None:
+    """All groups are made through it, and MASTER_ADDR is not asked; it is used once."""
+    found = start(STORE, tmp_path, 2)
+    assert [f.pop("rank") for f in found] == [0, 1]
+    assert [f.pop("refused") for f in found] == [
+        f"the store is that of rank {rank} of 3, the environment's {rank} of 2" for rank in range(2)
+    ]
+    assert found == [{"total": 3.0, "gathered": ["0", "1"], "agreed": 1, "left": False}] * 2

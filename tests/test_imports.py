@@ -18,7 +18,18 @@ FOLDERS = {"selfsup": ROOT / "selfsup", "selfsup.eval": ROOT / "eval", "selfsup.
 LEVELS = [
     {"errors", "wording", "schema", "config", "randomness", "schedules", "dist", "ema", "heads", "batchnorm", "losses"}
     | {"optim", "durable", "tensorfile", "spikes", "guard"},
-    {"checkpoint", "checkpoint_writer", "log", "health", "runtime", "runfolder", "status", "signals", "recorder"},
+    {
+        "checkpoint",
+        "checkpoint_writer",
+        "log",
+        "health",
+        "runtime",
+        "placement",
+        "runfolder",
+        "status",
+        "signals",
+        "recorder",
+    },
     {"backbones", "data"},
     {"methods", "recipes", "initialise", "replay"},
     {"run", "train"},
@@ -27,7 +38,20 @@ LEVELS = [
 ]
 LEVEL = {part: n for n, parts in enumerate(LEVELS) for part in parts}
 LAZY_TOP = {"", "cli", "cli_jobs", "demo"}  # may reach eval, launch and the trainer, inside functions only
-NO_TORCH = {"", "errors", "wording", "schema", "config", "cli", "cli_jobs", "recipes", "guard", "durable", "spikes", "log"}
+NO_TORCH = {
+    "",
+    "errors",
+    "wording",
+    "schema",
+    "config",
+    "cli",
+    "cli_jobs",
+    "recipes",
+    "guard",
+    "durable",
+    "spikes",
+    "log",
+}
 FORBIDDEN = {  # part -> parts it must not import, although the levels would allow it
     "backbones": {"data"},
     "data": {"backbones"},
