@@ -51,7 +51,7 @@ class Figures:
 def read(run: Path, since: float | None = None) -> Figures:
     """since: epoch seconds; what happened before, in an earlier start, says nothing about the speed now."""
     log = run / "metrics.jsonl"
-    lines = list(_lines(_tail(log, _TAIL)))
+    lines = list(_lines(tail(log, _TAIL)))
     newest = lines[-1] if lines else {}
     step = newest["step"] if lines else _last_step(log)
     metrics: dict[str, float] = {}
@@ -75,7 +75,7 @@ def total_steps(run: Path) -> int | None:
     except OSError:
         folders = []
     for _, name in reversed(folders[-3:]):
-        steps = _object(run / "checkpoints" / name / "trainer.json").get("steps")
+        steps = read_object(run / "checkpoints" / name / "trainer.json").get("steps")
         if type(steps) is int:
             return steps
     found = _DURATION.search(_text(run / submission.CONFIG))
@@ -116,7 +116,7 @@ def _evaluations(run: Path, log: Path, step: int) -> dict[str, float]:
                 offer(name, line["step"], number)
     for file, at in _result_files(run / "eval", step):
         name, value = _figure(file)
-        target = _object(file).get("target")
+        target = read_object(file).get("target")
         told = target.get("step") if isinstance(target, dict) else None
         if value is not None:
             offer(name, told if type(told) is int else at, value)
@@ -155,7 +155,7 @@ def _json_files(folder: Path) -> list[Path]:
 
 def _figure(file: Path) -> tuple[str, float | None]:
     """(its name, the figure): of several metrics top1, else the first."""
-    metrics = _object(file).get("metrics")
+    metrics = read_object(file).get("metrics")
     numbers = {k: x for k, v in metrics.items() if (x := _number(v)) is not None} if isinstance(metrics, dict) else {}
     name = "top1" if "top1" in numbers else next(iter(numbers), "top1")
     return f"{file.stem}_{name}", numbers.get(name)
@@ -163,9 +163,9 @@ def _figure(file: Path) -> tuple[str, float | None]:
 
 def _last_evaluation(log: Path) -> bytes:
     """The newest line of a log that holds one, or nothing."""
-    raw = _tail(log, _TAIL)
+    raw = tail(log, _TAIL)
     if (at := raw.rfind(b'"eval": {')) < 0:
-        raw = _tail(log, _FAR)
+        raw = tail(log, _FAR)
         at = raw.rfind(b'"eval": {')
     if at < 0:
         return b""
@@ -183,7 +183,7 @@ def _last_step(log: Path) -> int:
     return 0
 
 
-def _tail(path: Path, size: int) -> bytes:
+def tail(path: Path, size: int) -> bytes:
     """The last bytes of a file, from the beginning of a line on; nothing if it cannot be read."""
     try:
         with open(path, "rb") as file:
@@ -214,7 +214,7 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """{} for a file that is not there, or holds something else."""
     try:
         values = json.loads(_text(path))
