@@ -43,8 +43,8 @@ def afterwards(folder: Path, cluster: Cluster, code: Path, task: str) -> list[st
 def _selfsup(cluster: Cluster, code: Path, *words: str) -> str:
     """`python -m selfsup.cli` with the code of the snapshot.
 
-    -P: the working directory, which may be a clone, is no place to take it from.
+    -P: the working directory, which may be a clone, is no place to take it from. -u: logs are read while they are written.
     """
     path = f"PYTHONPATH={shlex.quote(str(code.absolute()))}${{PYTHONPATH:+:$PYTHONPATH}}"
-    command = shlex.join([cluster.python or sys.executable, "-P", "-m", "selfsup.cli", *words])
+    command = shlex.join([cluster.python or sys.executable, "-P", "-u", "-m", "selfsup.cli", *words])
     return f"env {path} {command}"

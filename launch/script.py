@@ -77,14 +77,21 @@ class Sbatch(SlurmExecutor):
 
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
         self._written = submission_file_path
-        unset = [word for name in foreign_variables(os.environ, self.parameters) for word in ("-u", name)]
+        unset = [word for name in self.not_inherited() for word in ("-u", name)]
         sbatch = list(super()._make_submission_command(submission_file_path))
         return ["env", *unset, *sbatch] if unset else sbatch
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        return super()._make_submission_file_text(command, uid).rstrip() + "\n"
+
+    def not_inherited(self) -> list[str]:
+        """Variables of this process that the job does not get."""
+        return foreign_variables(os.environ, self.parameters)
 
     def text(self, count: int | None = None) -> str:
         """The script. count: of an array of so many jobs."""
         self._set_count(count)
-        return str(self._make_submission_file_text(self._submitit_command_str, ""))
+        return self._make_submission_file_text(self._submitit_command_str, "")
 
     def launch(self, count: int | None = None) -> str:
         """Submit it; the job's id. UserError with Slurm's words if Slurm does not take it."""

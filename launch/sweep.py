@@ -65,8 +65,8 @@ def expand(options: Sequence[str], recipe: str, overrides: Sequence[str]) -> Swe
     configs = [configuration.load(recipe, [*overrides, *words]) for words in combinations]
     names = [_name(words) for words in combinations]
     _refuse_equal(configs, names)
-    values = {key: [_value(word) for word in words] for key, words in texts.items()}
-    return Sweep(values, [Member(*each) for each in zip(folder_names(names), combinations, configs)], notes)
+    varied = {key: [_value(word) for word in words] for key, words in texts.items()}
+    return Sweep(varied, [Member(*each) for each in zip(folder_names(names), combinations, configs)], notes)
 
 
 def _split(option: str) -> tuple[str, list[str]]:

@@ -214,6 +214,17 @@ def test_dependency(here: Slurm, folder: Path):
     here.wait(second, "CANCELLED")  # it can never start: no job that waits for ever
 
 
+def test_what_follows_an_array(here: Slurm, folder: Path):
+    """Each job of the second array follows its own of the first, or goes; the last follows them all, however they end."""
+    cluster = load("slurm", HERE)
+    first = Sbatch(cluster, folder, "sh -c 'exit $SLURM_ARRAY_TASK_ID'", name="first").launch(2)
+    second = Sbatch(cluster, folder, "true", name="second", dependency=f"aftercorr:{first}").launch(2)
+    last = Sbatch(cluster, folder, "true", name="last", dependency=f"afterany:{first}:{second}").launch()
+    here.wait(last, "COMPLETED")
+    states = {f"{job}_{index}": here.job(f"{job}_{index}")["JobState"] for job in (first, second) for index in (0, 1)}
+    assert list(states.values()) == ["COMPLETED", "FAILED", "COMPLETED", "CANCELLED"]
+
+
 def test_submission_from_inside_another_allocation(here: Slurm, folder: Path, monkeypatch: pytest.MonkeyPatch):
     """The job is no part of the one that submits it, and is not bent by its variables."""
     dump = here.command("srun", "--nodes=2", "--cpus-per-task=4", "--gpus-per-node=2", "--ntasks=2", "env")
