@@ -223,7 +223,7 @@ def _parse_scontrol(text: str) -> dict[str, JobInfo]:
 
 def _parse_sacct(text: str) -> dict[str, JobInfo]:
     """The last line of each job: where there are several, they are its starts, in their order."""
-    found = {}
+    found: dict[str, JobInfo] = {}
     for line in text.splitlines():
         values = line.split("|")
         if len(values) != len(_SACCT) or not (number := re.fullmatch(r"(\d+)(?:_(\d+|\[.*\]))?", values[0])):

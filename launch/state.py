@@ -65,10 +65,13 @@ def tell(events: Iterable[Mapping[str, Any]], job: str | None, task: str, outcom
     last = ""
     for event in events:
         kind = str(event.get("event"))
-        if event.get("job") != job or (kind != "cancel" and event.get("task") != task):
+        if event.get("job") != job or (not kind.startswith("cancel") and event.get("task") != task):
             continue
         if kind == "start":
             newest = {}
+        if kind == "cancel refused":  # by Slurm, which was asked after it was written down
+            newest.pop("cancel", None)
+            continue
         newest[kind] = event
         last = kind
     found = {kind: newest.get(kind, {}) for kind in ("start", "end", "requeue", "stop", "cancel")}

@@ -112,10 +112,16 @@ class _Seen:
 
     def jobs(self) -> Iterable[str]:
         """Numbers of all its jobs that Slurm has."""
-        for told in (self.submitted, self.sweep):
-            if told is not None and told.kind == "slurm":
-                own = told.job if told is self.submitted else None
-                yield from (job for job in (own, told.table, *(then.job for then in told.then)) if job)
+        if self.submitted is not None and self.submitted.kind == "slurm":
+            own = self.submitted.job
+            yield from (job for job in (own, *(job for _, job in self._dependents())) if job)
+
+    def _dependents(self) -> Iterable[tuple[str, str | None]]:
+        """(what it does, its number) of each job that follows; the table of a sweep follows all its runs."""
+        if self.submitted is not None:
+            yield from ((then.task, then.job) for then in self.submitted.then)
+        if self.sweep is not None:
+            yield "table", self.sweep.table
 
     def status(self, answers: Mapping[str, JobInfo], told: set[str]) -> RunStatus:
         """told: jobs that were remarked upon already; those of a sweep belong to all its runs."""
@@ -185,23 +191,21 @@ class _Seen:
 
     def _afterwards(self, answers: Mapping[str, JobInfo], told: set[str]) -> Iterable[str]:
         """Of the evaluations, and the table of a sweep, that wait or failed."""
-        for owner in (self.submitted, self.sweep):
-            named = [(then.task, then.job) for then in owner.then] if owner is not None else []
-            if owner is not None:
-                named.append(("table", owner.table))
-            for task, job in named:
-                if job is None or job in told:
-                    continue
-                info = answers.get(job, slurm.UNKNOWN)
-                code = state.tell(self.events, job, task, None).code
-                if info.state in slurm.WAITING:
-                    text = f"waits: {info.reason}" if info.reason else "waits"
-                elif info.state in slurm.FAILED or info.state == "CANCELLED" or (not info.state and code):
-                    text = "cancelled" if info.state == "CANCELLED" else "failed"
-                else:
-                    continue
-                told.add(job)
-                yield f"{task} (job {job}) {text}"
+        for task, job in self._dependents():
+            if job is None or job in told:
+                continue
+            info = answers.get(job, slurm.UNKNOWN)
+            code = state.tell(self.events, job, task, None).code
+            if info.state in slurm.WAITING:
+                text = f"waits: {info.reason}" if info.reason else "waits"
+            elif info.state in slurm.FAILED or (not info.state and code):
+                text = "failed"
+            elif info.state == "CANCELLED":
+                text = "cancelled"
+            else:
+                continue
+            told.add(job)
+            yield f"{task} (job {job}) {text}"
 
 
 def _read(run: Path) -> Submission | None:
