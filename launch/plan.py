@@ -211,8 +211,9 @@ def check_free(plan: Plan, resume: bool) -> list[str]:
     if told is not None:
         notes += refuse_live(out, told)
     for run in plan.runs():
-        if (its := submission.read(run)) is not None and (told is None or its.job != told.job):
-            notes += refuse_live(run, its)
+        its = submission.read(run)
+        if its is not None and not (told is not None and its.job in (told.job, f"{told.job}_{its.index}")):
+            notes += refuse_live(run, its)  # it was submitted again, alone
         if (who := holder(run)) is not None:
             raise UserError(f"--out {run} is in use by {who}; wait for it or stop it")
     return list(dict.fromkeys(notes))

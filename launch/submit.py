@@ -148,16 +148,17 @@ def _taken(plan: Plan, undo: contextlib.ExitStack) -> None:
 
 
 def _launch_dependents(plan: Plan, told: Submission, job: str) -> None:
-    then, numbers = [], [job]
-    for each in plan.then:
+    numbers = [job]
+    for at, each in enumerate(plan.then):
         number = _launch(evaluation(plan, each, job), plan.count, f"the evaluation {each.task}")
-        then.append(each.model_copy(update={"job": number}))
         numbers += [number] if number else []
-        told = told.model_copy(update={"then": (*then, *plan.then[len(then) :])})
-        _write_numbers(plan, told)
+        then = (*told.then[:at], each.model_copy(update={"job": number}), *told.then[at + 1 :])
+        told = told.model_copy(update={"then": then})
+        submission.write(plan.out, told)
     if plan.sweep:
-        number = _launch(table(plan, numbers), None, "the table of the sweep")
-        _write_numbers(plan, told.model_copy(update={"table": number}))
+        told = told.model_copy(update={"table": _launch(table(plan, numbers), None, "the table of the sweep")})
+    if plan.then or plan.sweep:
+        _write_numbers(plan, told)
 
 
 def _launch(job: Sbatch, count: int | None, what: str) -> str | None:

@@ -326,6 +326,20 @@ def test_a_sweep(here: Slurm, out: Path, capsys: pytest.CaptureFixture[str]):
     assert f"its job {found.job}_2 is PENDING" in alone
 
 
+def test_a_run_of_a_sweep_that_goes_on_alone(here: Slurm, out: Path):
+    """It is a run as any other then; the sweep as a whole waits for it as well."""
+    send(out, sweep=["seed=0,1"])
+    whole = told(out)
+    here.cancel(str(whole.job))
+    listed = ("squeue", "--noheader", f"--jobs={whole.job}")
+    here.poll(lambda: not here.command(*listed), 30, "it is not cancelled")
+    send(out / "seed=1", "seed=1", resume=True)
+    alone = told(out / "seed=1")
+    assert (alone.index, alone.part_of, alone.code, alone.logs) == (None, None, "code", "logs")
+    assert (out / "seed=1/code/selfsup").is_dir() and told(out) == whole
+    assert f"its job {alone.job} is PENDING" in refusal(out, resume=True, sweep=["seed=0,1"])
+
+
 def test_refused_by_slurm(here: Slurm, out: Path, work: Path):
     """Nothing of it is left, not even the folders above."""
     assert "sbatch refuses the job: invalid partition specified" in refusal(out, "partition=nowhere")
