@@ -56,7 +56,8 @@ def train(
     """Train as `config` says, into the run folder `out`.
 
     dataset: any torch `Dataset` of images or (image, label) pairs, instead of `data.path`. views: instead of the
-    method's own. evaluate: called as evaluate(backbone, step) every `eval.every` steps; its figures are logged.
+    method's own. evaluate: called as evaluate(backbone, step) every `eval.every` steps; its figures are logged. If it has
+    a method `close`, that is called at the end, however it ends.
     Raises UserError for what the user can mend, EarlyStop when stopped by a signal or `stop_at` (resumable), RankLost
     when another process of the run is gone.
     """
@@ -80,6 +81,7 @@ def train(
             on_abort=lease.release if lease is not None else lambda: None,
         )
         stack.enter_context(watch)
+        stack.callback(getattr(evaluate, "close", lambda: None))
         stack.enter_context(runtime.settings(config))
         signals = stack.enter_context(StopSignals())
         run: Run | None = None
