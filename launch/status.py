@@ -173,7 +173,8 @@ class _Seen:
 
     def _of_a_job(self) -> bool:
         """Whether who trains here is a job's process, which the scheduler knows better than its lease does."""
-        return "job" in figures.read_object(self.run / lease.FILE)
+        told = figures.read_object(self.run / lease.FILE)
+        return not told or "job" in told
 
     def _beat(self) -> ranks.Beat | None:
         try:
