@@ -18,13 +18,14 @@ import time
 if __package__:
     from . import history
 else:
-    import history  # beside this file, which is run by its path
+    import history  # type: ignore[no-redef]  # beside this file, which is run by its path
 
 OUTCOME = os.path.join("job", "outcome.json")
 DONE, CRASH, USER_ERROR, STOPPED = 0, 1, 2, 75
 _TOLD = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 _DIED_TOLD = {int(number) + base for number in _TOLD for base in (0, 128)}
 """Codes of tasks that were told to end before they could listen."""
+_ASKS = ("cancel", "cancel refused")
 _MARGIN_S = 90
 """Slurm may send the signal of the time limit a minute early."""
 
@@ -98,8 +99,9 @@ def _is_requeue(event, job, task):
 def _cancelled(events, job, restart):
     """Whether `selfsup cancel` was asked for since the previous incarnation ended: one that was brought back goes on."""
     ours = [e for e in events if e.get("job") in (job, job.split("_")[0])]
-    since = [e.get("time", 0) for e in ours if e["event"] != "cancel" and _number(e.get("restart")) < restart]
-    return any(e["event"] == "cancel" and e.get("time", 0) > max(since, default=0) for e in ours)
+    since = [_number(e.get("time")) for e in ours if e["event"] not in _ASKS and _number(e.get("restart")) < restart]
+    asks = [e["event"] for e in ours if e["event"] in _ASKS and _number(e.get("time")) >= max(since, default=0)]
+    return asks[-1:] == ["cancel"]
 
 
 def _preempted(seen):
@@ -131,10 +133,7 @@ def _crashes_before(events, job, task, step):
 
 
 def _number(value):
-    try:
-        return int(value or 0)
-    except (TypeError, ValueError):
-        return 0
+    return value if isinstance(value, (int, float)) else int(value) if str(value).isdecimal() else 0
 
 
 # --------------------------------------------------------------------------------------------------------- a run's files

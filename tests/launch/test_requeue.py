@@ -98,6 +98,7 @@ def test_not_requeued(code: int, given: dict[str, Any], expected: str):
         (75, {"seen": {**RUNNING, "EndTime": "Unknown"}}, "stopped"),
         (137, {"seen": {**ENDING, "Reason": "TimeLimit"}}, "time limit"),
         (75, {"seen": {**ENDING, "Reason": "TimeLimit"}}, "time limit"),
+        (75, {"events": [event("start", step=10), event("cancel"), event("cancel refused")]}, "stopped"),
     ],
 )
 def test_requeued_at_once(code: int, given: dict[str, Any], expected: str):
