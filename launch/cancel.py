@@ -8,9 +8,9 @@ from pathlib import Path
 from selfsup.errors import UserError
 from selfsup.wording import one_line
 
-from . import history, slurm, state, status, submission
+from . import figures, history, slurm, state, status, submission
 from .slurm import JobInfo
-from .state import FINAL
+from .state import FINAL, Story
 from .status import RunStatus
 from .submission import Submission
 
@@ -40,7 +40,8 @@ def cancel(run: Path) -> None:
     if submitted.table:
         named[submitted.table] = "table"
     answers = slurm.jobs(named)
-    # whatever nobody knows about is told to end all the same, unless its run is over
+    if not answers:  # nobody knows: Slurm is told all the same, unless the runs themselves say that they are over
+        going = [each for each in seen if _own_account(each).over() is None]
     live = {job: what for job, what in named.items() if _lives(job, answers, going)}
     if not live:
         print(f"{run}: nothing to cancel, it is over: {_tally(seen)}")
@@ -59,6 +60,12 @@ def _runs(run: Path, submitted: Submission) -> list[Path]:
 def _lives(job: str, answers: Mapping[str, JobInfo], going: list[Path]) -> bool:
     info = answers.get(job)
     return bool(going) if info is None else info.state in _LIVE
+
+
+def _own_account(run: Path) -> Story:
+    told = submission.read(run)
+    outcome = figures.read_object(run / status.OUTCOME)
+    return state.tell(history.read(run), told.job if told is not None else None, "train", outcome)
 
 
 def _tally(seen: Mapping[Path, RunStatus]) -> str:
@@ -86,9 +93,8 @@ def _note(runs: list[Path], event: str) -> None:
         told = submission.read(run)
         if told is None or told.job is None:
             continue
-        story = state.tell(history.read(run), told.job, "train", None)
         try:
-            history.append(run, event, job=told.job, restart=story.restart or 0, task="train")
+            history.append(run, event, job=told.job, restart=_own_account(run).restart or 0, task="train")
         except OSError as error:
             print(f"{run / history.FILE}: cannot be written: {error.strerror or error}", file=sys.stderr)
 

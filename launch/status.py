@@ -21,6 +21,8 @@ from .slurm import JobInfo
 from .state import State, Story
 from .submission import Submission
 
+OUTCOME = "job/outcome.json"
+"""How rank 0 of the newest start ended."""
 _ANSWERS_WITHIN_S = 300.0
 """A submission without a number is one that sbatch has yet to answer, or never will."""
 
@@ -105,7 +107,7 @@ class _Seen:
         submitted, sweep = _read(run), None
         if submitted is not None and submitted.part_of is not None:
             sweep = _read(run / submitted.part_of)
-        events, outcome = history.read(run), figures.read_object(run / "job" / "outcome.json")
+        events, outcome = history.read(run), figures.read_object(run / OUTCOME)
         job = submitted.job if submitted is not None else None
         story = state.tell(events, job, "train", outcome)
         return cls(run, submitted, sweep, events, outcome, story, figures.read(run, _number(story.start.get("time"))))
