@@ -8,7 +8,7 @@ from pathlib import Path
 from selfsup.errors import UserError
 from selfsup.wording import one_line
 
-from . import figures, history, slurm, state, status, submission
+from . import figures, history, requeue, slurm, state, status, submission
 from .slurm import JobInfo
 from .state import FINAL, Story
 from .status import RunStatus
@@ -36,9 +36,7 @@ def cancel(run: Path) -> None:
         return
     if submitted.job is None:
         raise UserError(f"{run}: its job has no number yet, or sbatch never took it; try again in a moment")
-    named = {submitted.job: "training", **{then.job: then.task for then in submitted.then if then.job}}
-    if submitted.table:
-        named[submitted.table] = "table"
+    named = _jobs(run, submitted, list(seen))
     answers = slurm.jobs(named)
     if not answers:  # nobody knows: Slurm is told all the same, unless the runs themselves say that they are over
         going = [each for each in seen if _own_account(each).over() is None]
@@ -53,6 +51,19 @@ def cancel(run: Path) -> None:
     print(f"{run}: cancelled {', '.join(f'{what} (job {job})' for job, what in live.items())}")
 
 
+def _jobs(run: Path, submitted: Submission, runs: list[Path]) -> dict[str, str]:
+    """What each of its jobs does, by number. An array's stands for all its jobs; a run may have been submitted again, alone."""
+    named: dict[str, str] = {}
+    for folder, told in [(run, submitted), *((each, submission.read(each)) for each in runs if each != run)]:
+        own = [(told.job, "training"), *((then.job, then.task) for then in told.then)] if told is not None else []
+        for job, what in [*own, *((job, what) for what, job in figures.evaluation_jobs(folder))]:
+            if job is not None and job.split("_")[0] not in named:
+                named[job] = what
+    if submitted.table:
+        named[submitted.table] = "table"
+    return named
+
+
 def _runs(run: Path, submitted: Submission) -> list[Path]:
     return status.expand(run) if submitted.runs != (".",) else [run]
 
@@ -64,8 +75,8 @@ def _lives(job: str, answers: Mapping[str, JobInfo], going: list[Path]) -> bool:
 
 def _own_account(run: Path) -> Story:
     told = submission.read(run)
-    outcome = figures.read_object(run / status.OUTCOME)
-    return state.tell(history.read(run), told.job if told is not None else None, "train", outcome)
+    job = told.job if told is not None else None
+    return state.tell(history.read(run), job, "train", requeue.read_outcome(run))
 
 
 def _tally(seen: Mapping[Path, RunStatus]) -> str:
@@ -83,7 +94,11 @@ def _stop_here(run: Path, going: list[Path], seen: Mapping[Path, RunStatus]) -> 
         print(f"{run}: nothing to cancel, it is over: {_tally(seen)}")
         return
     _note(going, "cancel")
-    local.stop(run)
+    try:
+        local.stop(run)
+    except UserError:
+        _note(going, "cancel refused")
+        raise
     print(f"{run}: cancelled" + (f" {len(going)} runs" if len(seen) > 1 else ""))
 
 

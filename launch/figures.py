@@ -19,6 +19,8 @@ _TAIL = 1 << 17
 """Bytes of metrics.jsonl that speed and loss are read from: some hundred lines."""
 _FAR = 1 << 22
 """Bytes of it that are searched, from its end, for the newest evaluation."""
+_EVALUATIONS = 20
+"""Evaluated checkpoints, the newest, that are looked at."""
 _SMALL = 1 << 20
 """No file of figures is longer; what is, is something else."""
 _CHECKPOINT = re.compile(r"step_(\d{8,18})")
@@ -136,7 +138,7 @@ def _result_files(folder: Path, step: int) -> Iterator[tuple[Path, int]]:
         return
     steps = sorted(((int(m[1]), name) for name in names if (m := _CHECKPOINT.fullmatch(name))), reverse=True)
     seen: set[str] = set()
-    for at, name in steps[:20]:
+    for at, name in steps[:_EVALUATIONS]:
         for file in _json_files(folder / name):
             if file.name not in seen:
                 seen.add(file.name)
@@ -151,6 +153,21 @@ def _json_files(folder: Path) -> list[Path]:
         return sorted(folder / name for name in os.listdir(folder) if re.fullmatch(r"[a-z]+\.json", name))
     except OSError:
         return []
+
+
+def evaluation_jobs(run: Path) -> list[tuple[str, str]]:
+    """(what it is, number) of each job that evaluates a checkpoint beside the training, and has no result yet."""
+    try:
+        names = [name for name in os.listdir(run / "eval") if _CHECKPOINT.fullmatch(name)]
+    except OSError:
+        return []
+    found = []
+    for name in sorted(names)[-_EVALUATIONS:]:
+        told = read_object(run / "eval" / name / "job.json")
+        task, job = told.get("task"), told.get("job")
+        if isinstance(task, str) and isinstance(job, str) and not (run / "eval" / name / f"{task}.json").exists():
+            found.append((f"{task} of {name}", job))
+    return found
 
 
 def _figure(file: Path) -> tuple[str, float | None]:

@@ -200,7 +200,7 @@ def _parse_squeue(text: str) -> dict[str, JobInfo]:
 
 
 def _parse_scontrol(text: str) -> dict[str, JobInfo]:
-    found = {}
+    found: dict[str, JobInfo] = {}
     for line in text.splitlines():
         number = re.match(r"JobId=(\d+)(?: ArrayJobId=(\d+) ArrayTaskId=(\S+))?", line)
         state = re.search(r" JobState=(\S+) Reason=(.*?) Dependency=", line)

@@ -103,9 +103,10 @@ def _ending(info: JobInfo, story: Story, finished: bool) -> State:
         return story.waiting()  # requeued already
     if (over := story.over()) is not None:
         return over
-    if story.requeue or info.reason == "TimeLimit" or story.code == 75:
+    if story.requeue or info.reason == "TimeLimit":
         return story.waiting()
-    if info.exit and info.exit != (0, 0):
+    code, number = info.exit or (0, 0)
+    if code not in (0, 75) and not number:
         return "failed"
     return "completed" if finished else "cancelled"
 
@@ -129,8 +130,8 @@ def of_folder(story: Story, finished: bool, alive: bool, gone: bool) -> State:
         return over
     if finished and not alive:
         return "completed"
-    if gone:  # one that never began was not killed by anything but a person, or by the failure of what it waited for
-        return "failed" if story.last else "cancelled"
+    if gone:  # one that waited was not killed by anything but a person, or by the failure of what it waited for
+        return "cancelled" if story.last in ("", "requeue") else "failed"
     if story.last == "requeue":
         return story.waiting()
     if not story.last:

@@ -15,14 +15,12 @@ from selfsup.guard import lease, ranks
 from selfsup.log import duration
 from selfsup.wording import printable
 
-from . import figures, history, slurm, state, submission
+from . import figures, history, requeue, slurm, state, submission
 from .figures import Figures
 from .slurm import JobInfo
 from .state import State, Story
 from .submission import Submission
 
-OUTCOME = "job/outcome.json"
-"""How rank 0 of the newest start ended."""
 _ANSWERS_WITHIN_S = 300.0
 """A submission without a number is one that sbatch has yet to answer, or never will."""
 
@@ -98,7 +96,6 @@ class _Seen:
     sweep: Submission | None
     """Of the sweep that it is part of."""
     events: list[dict[str, Any]]
-    outcome: dict[str, Any]
     story: Story
     figures: Figures
 
@@ -107,10 +104,10 @@ class _Seen:
         submitted, sweep = _read(run), None
         if submitted is not None and submitted.part_of is not None:
             sweep = _read(run / submitted.part_of)
-        events, outcome = history.read(run), figures.read_object(run / OUTCOME)
+        events = history.read(run)
         job = submitted.job if submitted is not None else None
-        story = state.tell(events, job, "train", outcome)
-        return cls(run, submitted, sweep, events, outcome, story, figures.read(run, _number(story.start.get("time"))))
+        story = state.tell(events, job, "train", requeue.read_outcome(run))
+        return cls(run, submitted, sweep, events, story, figures.read(run, _number(story.start.get("time"))))
 
     def jobs(self) -> Iterable[str]:
         """Numbers of all its jobs that Slurm has."""
@@ -120,8 +117,13 @@ class _Seen:
 
     def _dependents(self) -> Iterable[tuple[str, str | None]]:
         """(what it does, its number) of each job that follows; the table of a sweep follows all its runs."""
-        if self.submitted is not None:
-            yield from ((then.task, then.job) for then in self.submitted.then)
+        if self.submitted is None:
+            return
+        here = self.submitted.kind != "slurm"
+        for then in self.submitted.then:
+            yield then.task, then.job or (f"{self.submitted.job}-{then.task}" if here else None)
+        if not here:
+            yield from figures.evaluation_jobs(self.run)
         if self.sweep is not None:
             yield "table", self.sweep.table
 
@@ -169,8 +171,8 @@ class _Seen:
 
         supervised = supervisor_alive(self.run)
         gone = supervised is False and not held
-        if gone and not self.story.last:
-            return "failed"
+        if gone and self.story.last in ("", "requeue") and self.story.over() is None:
+            return "failed"  # its supervisor was killed: nobody cancelled it
         return state.of_folder(self.story, self.figures.finished, held or supervised is True, gone)
 
     def _of_a_job(self) -> bool:
