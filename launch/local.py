@@ -47,7 +47,8 @@ def start(folder: Path, submission: Submission, *, foreground: bool) -> None:
     told = _told(folder)
     log = (folder / told.logs).resolve() / f"{told.job}_log.out"
     code = str((folder / told.code).resolve())
-    env = {**_environment(), "PYTHONPATH": os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH")]))}
+    env = _environment(code)
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [code, env.get("PYTHONPATH")]))
     words = [sys.executable, "-P", "-m", "selfsup.cli", "job", "supervise", str(folder.absolute())]
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -137,10 +138,18 @@ def _told(folder: Path) -> Submission:
     return told
 
 
-def _environment() -> dict[str, str]:
-    """This process's, without marks of a job that it may itself be part of. Devices stay as they are."""
+def _environment(code: str) -> dict[str, str]:
+    """This process's, without marks of a job that it may itself be part of. Devices stay as they are.
+
+    Nor is the snapshot on PYTHONPATH, which the supervisor itself runs from: each command puts it there.
+    """
     foreign = {name for name in os.environ if name.startswith(_OF_ANOTHER_JOB) and name != "SLURM_CONF"}
-    return {name: value for name, value in os.environ.items() if name not in foreign.union(_OF_A_RANK)}
+    env = {name: value for name, value in os.environ.items() if name not in foreign.union(_OF_A_RANK)}
+    first, _, rest = env.get("PYTHONPATH", "").partition(os.pathsep)
+    if first == code:
+        env.pop("PYTHONPATH")
+        env |= {"PYTHONPATH": rest} if rest else {}
+    return env
 
 
 # --------------------------------------------------------------------------------------------------------- supervising
@@ -151,7 +160,7 @@ def _supervise(folder: Path, *, terminal: bool) -> None:
     folder = folder.absolute()
     told = _told(folder)
     _refuse_another(folder)
-    asked = Asked()
+    asked = Asked(since=time.time())
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if number in _SAVES:
@@ -163,7 +172,7 @@ def _supervise(folder: Path, *, terminal: bool) -> None:
     try:
         (folder / told.logs).mkdir(parents=True, exist_ok=True)
         durable.write_atomically(folder / FILE, json.dumps(asdict(Process.current())) + "\n")
-        env = _environment()
+        env = _environment(str((folder / told.code).resolve()))
         several = told.runs != (".",)
         at_once = 1 if terminal else min(told.cluster.array_parallelism, len(told.runs))
         with concurrent.futures.ThreadPoolExecutor(at_once) as pool:

@@ -5,7 +5,7 @@ Of the standard library alone and run by its path, after the setup lines of the 
     python -I local_ranks.py --count 2 --logs LOGS/JOB --parent PID 'COMMAND of a rank, a line of shell'
 
 TERM, INT and HUP reach the ranks as TERM, USR1 and USR2 as they are; QUIT kills them. When one has ended with an error the
-others are told to end, and killed if they do not, as without their parent. The exit code is the highest.
+others are told to end, and killed if they do not, as without their parent. The exit code is that of the first which failed.
 """
 
 import argparse
@@ -48,7 +48,7 @@ class Ranks:
         with open(f"{logs}_{rank}_log.out", "ab", buffering=0) as log:
             return subprocess.Popen(
                 ["/bin/bash", "-c", f"exec {command}"],
-                env={**os.environ, **{name: str(value) for name, value in place.items()}, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, **{name: str(value) for name, value in place.items()}},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -78,18 +78,23 @@ class Ranks:
             self.send(signal.SIGTERM)
 
     def wait(self, parent: int) -> int:
-        """Their highest exit code; 128 + n for one that was killed by signal n."""
+        """0, or the exit code of the first that failed: those that it takes along may die of being told to.
+
+        128 + n for one that was killed by signal n; the highest, if several have failed at once.
+        """
+        first = 0
         while True:
             codes = [process.poll() for process in self.processes]
+            first = first or max((128 - code if code < 0 else code for code in codes if code is not None), default=0)
             if None not in codes:
                 break
-            if any(codes) or os.getppid() != parent:
+            if first or os.getppid() != parent:
                 self.end()
             if time.monotonic() > self._kill_at:
                 self.send(signal.SIGKILL)
             time.sleep(_POLL_S)
         self.send(signal.SIGKILL)
-        return max(128 - code if code < 0 else code for code in codes if code is not None)
+        return first
 
 
 def main(argv: list[str]) -> int:

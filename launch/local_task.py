@@ -30,6 +30,8 @@ _KILLS = 3
 class Asked:
     """What signals have asked the supervisor for, so many times."""
 
+    since: float
+    """When it began, seconds since the epoch."""
     stops: int = 0
     saves: int = 0
 
@@ -46,7 +48,7 @@ class Task:
         self._count = cluster.tasks if task == TRAINING else 1
         self._logs = (run / told.logs).resolve() / job
         self._env, self._shown = env, shown
-        self._began, self._looked = time.time(), 0.0
+        self._looked = 0.0
         self._cancelled = False
 
     @classmethod
@@ -165,7 +167,9 @@ class Task:
         if at_once or time.monotonic() - self._looked > _LOOK_S:
             self._looked = time.monotonic()
             self._cancelled = any(
-                event["event"] == "cancel" and event.get("job") == self._told.job and event.get("time", 0) > self._began
+                event["event"] == "cancel"
+                and event.get("job") == self._told.job
+                and event.get("time", 0) > self._asked.since
                 for event in history.read(self._run)
             )
         return self._cancelled
