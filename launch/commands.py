@@ -45,6 +45,6 @@ def _selfsup(cluster: Cluster, code: Path, *words: str) -> str:
 
     -P: the working directory, which may be a clone, is no place to take it from. -u: logs are read while they are written.
     """
-    path = f"PYTHONPATH={shlex.quote(str(code.absolute()))}${{PYTHONPATH:+:$PYTHONPATH}}"
+    path = f"PYTHONPATH={shlex.quote(str(code.absolute()))}" + '"${PYTHONPATH:+:$PYTHONPATH}"'
     command = shlex.join([cluster.python or sys.executable, "-P", "-u", "-m", "selfsup.cli", *words])
     return f"env {path} {command}"

@@ -144,11 +144,11 @@ def _evaluate(task: str, run: Path, overrides: list[str]) -> None:
     module.run(str(run), overrides, None)
 
 
-def _check_method(config: Config) -> None:
-    """The options of the method, which its own schema knows. Raises UserError."""
+def _check_method(config: Config) -> Config:
+    """With the options of the method, which its own schema knows. Raises UserError."""
     from selfsup import methods
 
-    methods.complete(config)
+    return methods.complete(config)
 
 
 def _check_evaluation(task: str, overrides: list[str]) -> None:

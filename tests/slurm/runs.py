@@ -1,7 +1,6 @@
 """Real training jobs on the test cluster, submitted as a user submits them, and what 'the same run' means."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -99,8 +98,8 @@ class Run:
         return found
 
     def events(self, *kinds: str) -> list[dict[str, Any]]:
-        """Its history, of these kinds."""
-        return [event for event in history.read(self.out) if event["event"] in kinds]
+        """Its history as a training, of these kinds."""
+        return [each for each in history.read(self.out) if each["event"] in kinds and each["task"] == "train"]
 
     def reasons(self) -> list[str]:
         """Why it was requeued, each time."""
@@ -165,8 +164,3 @@ class Run:
         assert [name for name in mine if mine[name] != others[name]] == []
         left = [str(path.relative_to(self.out)) for path in self.out.rglob("*") if "tmp" in path.name]
         assert left == [] and not (self.out / "lease.json").exists()
-
-
-def kill(pid: int) -> None:
-    """As a lack of memory does."""
-    os.kill(pid, 9)

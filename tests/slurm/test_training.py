@@ -1,8 +1,10 @@
 """Training on a real Slurm of two nodes: what clusters do to a job, and the same run bit for bit in the end."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from selfsup.launch import snapshot, submission
 from tests.faults.lab import log
 from tests.slurm.cluster import NODES, Slurm
-from tests.slurm.runs import RANKS, STEPS, Run, Runs, kill
+from tests.slurm.runs import RANKS, STEPS, Run, Runs
 
 BROKEN = """
 from selfsup.methods.dino import DINO
@@ -99,7 +101,7 @@ def test_requeue_by_someone_and_a_killed_rank(runs: Runs):
     run.starts(2)
     assert run.reasons() == [], "Slurm did it"
     run.checkpointed(more_than=run.events("start")[-1]["step"])
-    kill(run.rank_pid(3))
+    os.kill(run.rank_pid(3), signal.SIGKILL)
     run.starts(3)
     assert run.reasons() == ["crash"]
     assert run.ends("completed")["Restarts"] == "2"
@@ -196,8 +198,12 @@ def test_two_jobs_on_one_run_folder(runs: Runs):
     assert run.job in refused.stderr and "Traceback" not in refused.stderr
     run.starts(1)
     script = (run.out / "logs" / f"{run.job}_submission.sh").read_text()
-    second = run.slurm.submit(script=script)
-    run.until(lambda: run.slurm.job(second)["JobState"] == "FAILED", 90, "the second job is not refused")
+    os.kill(run.rank_pid(0), signal.SIGSTOP)  # on a busy machine it would be done before the other one looks
+    try:
+        second = run.slurm.submit(script=script)
+        run.until(lambda: run.slurm.job(second)["JobState"] == "FAILED", 120, "the second job is not refused")
+    finally:
+        os.kill(run.rank_pid(0), signal.SIGCONT)
     assert "in use by" in (run.out / "logs" / f"{second}_0_log.out").read_text()
     run.ends("completed")
     run.same_as(runs.undisturbed())
