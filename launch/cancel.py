@@ -90,7 +90,8 @@ def _tally(seen: Mapping[Path, RunStatus]) -> str:
 def _stop_here(run: Path, going: list[Path], seen: Mapping[Path, RunStatus]) -> None:
     from . import local
 
-    if not going and not local.supervisor_alive(run):
+    follows = any(found.state == "completed" for found in seen.values())  # evaluations, and a sweep's table
+    if not going and not (follows and local.supervisor_alive(run)):
         print(f"{run}: nothing to cancel, it is over: {_tally(seen)}")
         return
     _note(going, "cancel")
@@ -99,7 +100,8 @@ def _stop_here(run: Path, going: list[Path], seen: Mapping[Path, RunStatus]) -> 
     except UserError:
         _note(going, "cancel refused")
         raise
-    print(f"{run}: cancelled" + (f" {len(going)} runs" if len(seen) > 1 else ""))
+    what = f"{len(going)} runs" if len(going) > 1 else "training" if going else "what follows the training"
+    print(f"{run}: cancelled {what}")
 
 
 def _note(runs: list[Path], event: str) -> None:

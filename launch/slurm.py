@@ -181,7 +181,7 @@ def _environment() -> dict[str, str]:
 
 
 def _parse_squeue(text: str) -> dict[str, JobInfo]:
-    found = {}
+    found: dict[str, JobInfo] = {}
     for line in text.splitlines():
         values, at = [], 0
         for width in _COLUMNS.values():

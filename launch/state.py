@@ -32,7 +32,7 @@ class Story:
     stop: Mapping[str, Any]
     cancel: Mapping[str, Any]
     last: str
-    """The newest event's kind; "" if there is none."""
+    """The kind of the job's own newest event; "" if there is none."""
     code: int | None
     """How its newest start ended in an orderly way: 0 done, 75 resumable, 2 the user's to mend; None if it did not."""
 
@@ -73,7 +73,7 @@ def tell(events: Iterable[Mapping[str, Any]], job: str | None, task: str, outcom
             newest.pop("cancel", None)
             continue
         newest[kind] = event
-        last = kind
+        last = last if kind == "cancel" else kind  # that is somebody's, not the job's own
     found = {kind: newest.get(kind, {}) for kind in ("start", "end", "requeue", "stop", "cancel")}
     code = found["end"].get("code")
     same = outcome is not None and (outcome.get("job"), outcome.get("task")) == (job, task)

@@ -8,7 +8,18 @@ import pytest
 from selfsup.errors import UserError
 from selfsup.launch import history, status
 from selfsup.launch.cancel import cancel
-from tests.launch.written_runs import QUIET, SLEEP, ended, forgetful, happened, here, no_slurm, submitted, trained
+from tests.launch.written_runs import (
+    QUIET,
+    SLEEP,
+    Supervisor,
+    ended,
+    forgetful,
+    happened,
+    here,
+    no_slurm,
+    submitted,
+    trained,
+)
 from tests.slurm.cluster import Slurm
 
 __all__ = ["forgetful", "here", "no_slurm"]
@@ -145,3 +156,53 @@ def test_over_where_nobody_answers(no_slurm: None, tmp_path: Path, capsys: pytes
     run = ended(happened(submitted(tmp_path / "run", "12"), "12", "start"), "12", 0)
     cancel(run)
     assert capsys.readouterr().out == f"{run}: nothing to cancel, it is over: completed\n"
+
+
+def test_a_run_of_a_sweep_that_was_submitted_again(here: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Alone, it is no job of the array any more; the sweep's folder still stands for it."""
+    array = here.submit(*QUIET, "--array=0-1", script=SLEEP)
+    alone = here.submit(*QUIET, script=SLEEP)
+    sweep = submitted(tmp_path / "sweep", array, runs=["seed=0", "seed=1"], sweep={"seed": [0, 1]})
+    submitted(sweep / "seed=0", f"{array}_0", index=0, part_of="..")
+    submitted(sweep / "seed=1", alone, part_of="..")
+    here.wait(alone, "RUNNING")
+    cancel(sweep)
+    assert capsys.readouterr().out == f"{sweep}: cancelled training (job {array}), training (job {alone})\n"
+    here.wait(alone, "CANCELLED")
+    here.poll(lambda: {found.state for found in status.describe([sweep])} == {"cancelled"}, 60, "not all are cancelled")
+
+
+# ------------------------------------------------------------------------------------------------- on this machine
+
+
+def test_here(no_slurm: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Its supervisor is told, once; then it is over."""
+    run = submitted(tmp_path / "run", "local-1", kind="local")
+    happened(trained(run, 40), "local-1", "start")
+    with Supervisor(run) as supervisor:
+        cancel(run)
+        assert supervisor.process.wait(30) == -15
+    cancel(run)
+    told = capsys.readouterr().out.splitlines()
+    assert told == [f"{run}: cancelled training", f"{run}: nothing to cancel, it is over: cancelled"]
+    assert events(run) == ["start", "cancel"] and one(run) == "cancelled"
+
+
+def test_one_run_of_a_sweep_here(no_slurm: None, tmp_path: Path):
+    """The supervisor, which runs the others as well, finds it in the history of that run."""
+    sweep = submitted(tmp_path / "sweep", "local-1", kind="local", runs=["a", "b"], sweep={"seed": [0, 1]})
+    for index, name in enumerate("ab"):
+        submitted(sweep / name, f"local-1_{index}", kind="local", index=index, part_of="..")
+    with Supervisor(sweep) as supervisor:
+        cancel(sweep / "b")
+        assert [found.state for found in status.describe([sweep])] == ["queued", "cancelled"]
+        assert [events(sweep / name) for name in "ab"] == [[], ["cancel"]] and supervisor.process.poll() is None
+
+
+def test_on_another_machine(no_slurm: None, tmp_path: Path):
+    run = submitted(tmp_path / "run", "local-1", kind="local")
+    process = {"host": "n7", "boot": "b", "pid_namespace": "p", "pid": 5, "started": 7}
+    (run / "job" / "supervisor.json").write_text(json.dumps(process))
+    with pytest.raises(UserError, match="is run on host n7, by process 5: cancel it there"):
+        cancel(run)
+    assert events(run) == ["cancel", "cancel refused"] and one(run) == "queued"

@@ -18,7 +18,18 @@ from selfsup.launch import figures, state, status
 from selfsup.launch import slurm as asking
 from selfsup.launch.slurm import UNKNOWN, JobInfo
 from selfsup.launch.status import RunStatus, describe
-from tests.launch.written_runs import QUIET, SLEEP, ended, forgetful, happened, here, no_slurm, submitted, trained
+from tests.launch.written_runs import (
+    QUIET,
+    SLEEP,
+    Supervisor,
+    ended,
+    forgetful,
+    happened,
+    here,
+    no_slurm,
+    submitted,
+    trained,
+)
 from tests.slurm.cluster import Slurm
 
 __all__ = ["forgetful", "here", "no_slurm"]
@@ -232,6 +243,41 @@ def test_a_submission_without_a_number(no_slurm: None, tmp_path: Path):
     assert one(submitted(tmp_path / "run", None, submitted=now)).state == "queued"
     for when in ("2026-01-31T12:00:00+00:00", "nonsense", "2026-01-31T12:00:00"):
         assert one(submitted(tmp_path / "run", None, submitted=when)).state == "failed"
+
+
+def test_supervised_on_this_machine(no_slurm: None, tmp_path: Path):
+    """What its supervisor would start, or start again, goes on; when it is killed nothing does."""
+    run = submitted(tmp_path / "run", "local-1", kind="local", then=[{"task": "knn"}])
+    with Supervisor(run):
+        assert one(run).state == "queued"
+        happened(trained(run, 40), "local-1", "start")
+        assert one(run).state == "running"
+        happened(run, "local-1", "end", "requeue", reason="time limit", code=75)
+        assert one(run).state == "preempted"
+        happened(run, "local-1", "start", restart=1)
+        assert (one(run).state, one(run).restarts) == ("running", 1)
+    assert one(run).state == "failed"
+    with Holder(run, "local-1"):
+        assert one(run).state == "running", "its ranks outlive it"
+    ended(run, "local-1", 0, restart=1)
+    happened(run, "local-1-knn", "start", "end", task="knn", code=1)
+    assert (one(run).state, one(run).remarks) == ("completed", ("knn (job local-1-knn) failed",))
+
+
+def test_evaluations_beside_the_training(here: Slurm, tmp_path: Path):
+    """Those of `eval.as_jobs` that wait or failed, until they have a result."""
+    job, waiting = (here.submit(*QUIET, "--hold", script=SLEEP) for _ in range(2))
+    failed = here.submit(*QUIET, script="#!/bin/sh\nexit 1\n")
+    run = trained(submitted(tmp_path / "run", job), 40)
+    for step, number in ((10, failed), (20, waiting), (30, waiting)):
+        folder = run / "eval" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "job.json").write_text(json.dumps({"job": number, "step": step, "task": "knn"}))
+    result(run / "eval" / "step_00000030" / "knn.json", None, top1=0.5)
+    here.wait(failed, "FAILED")
+    knn = (f"knn of step_00000010 (job {failed}) failed", f"knn of step_00000020 (job {waiting}) waits: JobHeldUser")
+    assert one(run).remarks == ("waits: JobHeldUser", *knn)
+    assert one(run).metrics["knn_top1"] == 0.5 and one(run).metrics["knn_step"] == 30
 
 
 def test_plain_runs(no_slurm: None, tmp_path: Path):
@@ -452,6 +498,8 @@ SAVED = {"event": "end", "code": 75}
         (JobInfo("COMPLETING", restarts=0), [START], False, "cancelled"),
         (JobInfo("COMPLETING", restarts=0), [START, {"event": "end", "code": 0}], True, "completed"),
         (JobInfo("COMPLETING", restarts=0, exit=(1, 0)), [START], False, "failed"),
+        (JobInfo("COMPLETING", restarts=0, exit=(0, 15)), [START], False, "cancelled"),
+        (JobInfo("COMPLETING", restarts=0, exit=(75, 0)), [START, SAVED], False, "cancelled"),
         (JobInfo("COMPLETED"), [START, {"event": "end", "code": 0}], False, "completed"),
         (JobInfo("COMPLETED"), [START], False, "failed"),
         (JobInfo("COMPLETED"), [START], True, "completed"),
@@ -465,6 +513,23 @@ SAVED = {"event": "end", "code": 75}
 )  # fmt: skip
 def test_what_slurm_says(info: JobInfo, events: list[dict[str, Any]], finished: bool, expected: str):
     assert state.of_slurm(info, story(*events), finished) == expected
+
+
+@pytest.mark.parametrize(
+    ("events", "alive", "gone", "expected"),
+    [
+        ([], False, True, "cancelled"),
+        ([START], False, True, "failed"),
+        ([START, CRASH], False, True, "cancelled"),
+        ([START, CRASH], False, False, "queued"),
+        ([START, SAVED], True, False, "running"),
+        ([START, SAVED], False, True, "failed"),
+        ([START, CRASH, {"event": "stop", "reason": "not requeued"}], False, True, "failed"),
+        ([START, SAVED, {"event": "stop", "reason": "stop_at"}], False, True, "completed"),
+    ],
+)
+def test_what_the_folder_says(events: list[dict[str, Any]], alive: bool, gone: bool, expected: str):
+    assert state.of_folder(story(*events), False, alive, gone) == expected
 
 
 def test_every_start_begins_anew():

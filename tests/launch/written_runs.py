@@ -1,6 +1,8 @@
 """Run folders as submission and training leave them, without training: what is watched is their files and Slurm's jobs."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,37 @@ def ended(run: Path, job: str, code: int, restart: int = 0) -> Path:
     told = {"job": job, "restart": restart, "task": "train", "code": code, "why": "", "step": 0}
     (run / "job" / "outcome.json").write_text(json.dumps(told))
     return run
+
+
+class Supervisor:
+    """A process that is told, in RUN/job/supervisor.json, to supervise a run; it does nothing, and ends when it is asked to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _SUPERVISOR, str(folder)], stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None and self.process.stdout.readline() == "up\n"
+
+    def __enter__(self) -> "Supervisor":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+_SUPERVISOR = """
+import json, sys, time
+from dataclasses import asdict
+from pathlib import Path
+from selfsup.guard.processes import Process
+from selfsup.launch import local
+file = Path(sys.argv[1]) / local.FILE
+file.parent.mkdir(parents=True, exist_ok=True)
+file.write_text(json.dumps(asdict(Process.current())))
+print("up", flush=True)
+time.sleep(600)
+"""
 
 
 @pytest.fixture(autouse=True)
