@@ -17,7 +17,9 @@ from . import submission
 
 _TAIL = 1 << 17
 """Bytes of metrics.jsonl that speed and loss are read from: some hundred lines."""
-_FAR = 1 << 22
+_STAMPS = 50
+"""Lines with a time stamp, the newest, that the speed is taken from."""
+_FAR = 1 << 21
 """Bytes of it that are searched, from its end, for the newest evaluation."""
 _EVALUATIONS = 20
 """Evaluated checkpoints, the newest, that are looked at."""
@@ -53,9 +55,10 @@ class Figures:
 def read(run: Path, since: float | None = None) -> Figures:
     """since: epoch seconds; what happened before, in an earlier start, says nothing about the speed now."""
     log = run / "metrics.jsonl"
-    lines = list(_lines(tail(log, _TAIL)))
-    newest = lines[-1] if lines else {}
-    step = newest["step"] if lines else _last_step(log)
+    raw = tail(log, _TAIL)
+    newest = next(_lines(raw, newest_first=True), {})
+    lines = list(itertools.islice(_lines(raw, newest_first=True, holding=b'"time": '), _STAMPS))[::-1]
+    step = newest["step"] if newest else _last_step(log)
     metrics: dict[str, float] = {}
     if (loss := _number(newest.get("loss"))) is not None:
         metrics["loss"] = loss
@@ -63,7 +66,7 @@ def read(run: Path, since: float | None = None) -> Figures:
     if speed is not None:
         metrics["img_per_s"] = speed
     metrics |= _evaluations(run, log, step)
-    return Figures(step, total_steps(run), metrics, _seconds_a_step(lines, since, speed))
+    return Figures(step, total_steps(run), metrics, _seconds_a_step(lines, newest, since, speed))
 
 
 def total_steps(run: Path) -> int | None:
@@ -84,7 +87,9 @@ def total_steps(run: Path) -> int | None:
     return int(found[1]) if found else None
 
 
-def _seconds_a_step(lines: list[dict[str, Any]], since: float | None, speed: float | None) -> float | None:
+def _seconds_a_step(
+    lines: list[dict[str, Any]], newest: dict[str, Any], since: float | None, speed: float | None
+) -> float | None:
     """Median over the pieces between two time stamps, so that an evaluation or a pause in between does not count."""
     stamps = [(line["step"], t) for line in lines if (t := _number(line.get("time"))) is not None]
     stamps = [(step, t) for step, t in stamps if since is None or t > since]
@@ -93,7 +98,6 @@ def _seconds_a_step(lines: list[dict[str, Any]], since: float | None, speed: flo
     ]
     if pieces:
         return statistics.median(pieces)
-    newest = lines[-1] if lines else {}
     samples = _number(newest.get("samples"))
     if not speed or not samples or not newest["step"]:
         return None
@@ -212,9 +216,12 @@ def tail(path: Path, size: int) -> bytes:
     return raw if length <= size else raw[raw.find(b"\n") + 1 :]
 
 
-def _lines(raw: bytes) -> Iterator[dict[str, Any]]:
-    """Whole lines of metrics.jsonl; what is none is passed over."""
-    for line in raw.split(b"\n")[:-1]:
+def _lines(raw: bytes, newest_first: bool = False, holding: bytes = b"") -> Iterator[dict[str, Any]]:
+    """Whole lines of metrics.jsonl that hold these bytes; what is no such line is passed over."""
+    lines = raw.split(b"\n")[:-1]
+    for line in reversed(lines) if newest_first else lines:
+        if holding not in line:
+            continue
         try:
             values = json.loads(line)
         except (ValueError, RecursionError):
