@@ -28,7 +28,7 @@ from .requeue import CRASH, DONE, STOPPED, USER_ERROR, Decision
 from .submission import Submission
 
 FILE = "job/supervisor.json"
-_START_S = 60.0
+_START_S = 120.0
 _OF_ANOTHER_JOB = ("SLURM_", "SLURMD_", "SUBMITIT_", "TORCHELASTIC_", "PMI_", "PMIX_")
 _OF_A_RANK = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -58,6 +58,16 @@ def start(folder: Path, submission: Submission, *, foreground: bool) -> None:
             )
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot start in the background: {error.strerror}") from None
+    try:
+        _wait_for(began, folder, log)
+    except BaseException:  # who gets this takes the submission back: nothing of it may go on
+        began.kill()
+        began.wait()
+        raise
+
+
+def _wait_for(began: "subprocess.Popen[bytes]", folder: Path, log: Path) -> None:
+    """Until it has written who it is. Raises UserError with its last line if it ends, or takes too long."""
     end = time.monotonic() + _START_S
     while (seen := _read(folder)) is None or seen.pid != began.pid:
         if began.poll() is not None or time.monotonic() > end:
