@@ -142,8 +142,8 @@ class Cluster(Section):
     """A rank's own thread and its loader workers; null: what the partition gives."""
     mem: Annotated[Line, AfterValidator(_memory)] | None = None
     """Of a node, as in 64G; null: what the partition gives."""
-    array_parallelism: Positive = 16
-    """Runs of a sweep at a time."""
+    array_parallelism: Positive | None = None
+    """Runs of a sweep at a time; null: 16, and on this machine one."""
 
     container: Line | None = None
     """Shell words before the command of every task, as in `apptainer exec --nv image.sif`."""

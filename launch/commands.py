@@ -10,17 +10,17 @@ from .cluster import Cluster
 
 def training(folder: Path, cluster: Cluster, code: Path) -> str:
     """Of each rank. folder: of the run, or of the sweep, whose job array takes its own run from it."""
-    return _selfsup(cluster, code, "job", "train", str(folder.absolute()))
+    return selfsup(cluster, code, "job", "train", str(folder.absolute()))
 
 
 def evaluation(folder: Path, cluster: Cluster, code: Path, task: str, overrides: Iterable[str] = ()) -> str:
     """`selfsup eval` of the run, or of each run of a sweep."""
-    return _selfsup(cluster, code, "job", "eval", str(folder.absolute()), task, *overrides)
+    return selfsup(cluster, code, "job", "eval", str(folder.absolute()), task, *overrides)
 
 
 def table(folder: Path, cluster: Cluster, code: Path) -> str:
     """The table of a sweep."""
-    return _selfsup(cluster, code, "job", "table", str(folder.absolute()))
+    return selfsup(cluster, code, "job", "table", str(folder.absolute()))
 
 
 def afterwards(folder: Path, cluster: Cluster, code: Path, task: str) -> list[str]:
@@ -37,10 +37,11 @@ def afterwards(folder: Path, cluster: Cluster, code: Path, task: str) -> list[st
     }
     words = [python, str(code.absolute() / "selfsup/launch/requeue.py"), str(folder.absolute())]
     words += [f"--{name}={value}" for name, value in options.items()]
-    return ["code=$?", f"exec {shlex.join(words)} --code=$code"]
+    # ignored from here on, also while Python starts: it decides although the job is told to end
+    return ["code=$?", "trap '' TERM USR1 USR2", f"exec {shlex.join(words)} --code=$code"]
 
 
-def _selfsup(cluster: Cluster, code: Path, *words: str) -> str:
+def selfsup(cluster: Cluster, code: Path, *words: str) -> str:
     """`python -m selfsup.cli` with the code of the snapshot.
 
     -P: the working directory, which may be a clone, is no place to take it from. -u: logs are read while they are written.

@@ -139,7 +139,7 @@ class EvaluationJobs:
 
     def _command(self, folder: Path, cluster: Cluster) -> str:
         words = [self._task, str(folder / "backbone"), *self._overrides, "--out", str(folder / f"{self._task}.json")]
-        return commands._selfsup(cluster, self._code, "eval", *words)
+        return commands.selfsup(cluster, self._code, "eval", *words)
 
     def _submit_to_slurm(self, folder: Path) -> str:
         """One process, whatever an evaluation that follows the training has: more would each do the whole of it."""

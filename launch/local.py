@@ -184,7 +184,7 @@ def _supervise(folder: Path, *, terminal: bool) -> None:
         durable.write_atomically(folder / FILE, json.dumps(asdict(Process.current())) + "\n")
         env = _environment(str((folder / told.code).resolve()))
         several = told.runs != (".",)
-        at_once = 1 if terminal else min(told.cluster.array_parallelism, len(told.runs))
+        at_once = 1 if terminal else min(told.cluster.array_parallelism or 1, len(told.runs))
         with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
             waiting = [pool.submit(_run, folder / name, asked, env, terminal) for name in told.runs]
             while not all(each.done() for each in waiting):

@@ -151,7 +151,7 @@ def parameters(
         "mem": cluster.mem,
         "dependency": dependency,
         "wckey": None,  # submitit's default is refused where such keys are checked
-        "array_parallelism": cluster.array_parallelism,
+        "array_parallelism": cluster.array_parallelism or 16,
         "signal_delay_s": cluster.signal_before_s,
         "setup": [*(f"export {k}={shlex.quote(v)}" for k, v in cluster.env.items()), *cluster.setup, *_SURVIVE],
         "teardown": [*after] or None,

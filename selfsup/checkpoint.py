@@ -139,7 +139,9 @@ def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
             verify(path)
             return path, problems
         except NewerFormat as error:
-            raise UserError(f"{error}; update selfsup, or remove that checkpoint to go on from an earlier one") from None
+            raise UserError(
+                f"{error}; update selfsup, or remove that checkpoint to go on from an earlier one"
+            ) from None
         except InvalidCheckpoint as error:
             problems.append(str(error))
     return None, problems

@@ -199,7 +199,9 @@ def _put(tree: dict[str, Any], parts: list[str], value: Any, item: str) -> None:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
             shown = one_line(item)
-            raise UserError(f"override {shown!r}: {one_line(part)!r} was given a value before; it cannot hold keys as well")
+            raise UserError(
+                f"override {shown!r}: {one_line(part)!r} was given a value before; it cannot hold keys as well"
+            )
     tree[parts[-1]] = value
 
 

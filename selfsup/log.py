@@ -48,7 +48,9 @@ def _backwards(path: Path, block: int = 1 << 16) -> Iterator[tuple[int, int | No
         while start or held:
             cut = held.rfind(b"\n", 0, len(held) - 1) + 1  # where its last line begins
             if cut == 0 and start:
-                size = min(max(block, len(held)), start)  # twice as much each time: a crash may leave megabytes of zeros
+                size = min(
+                    max(block, len(held)), start
+                )  # twice as much each time: a crash may leave megabytes of zeros
                 start = file.seek(start - size)
                 held = file.read(size) + held
                 continue

@@ -1,14 +1,11 @@
-"""How a run stands, from its folder alone: step, who trains in it, whether its checkpoints are whole."""
+"""Whether the checkpoints of a run are whole."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from selfsup import checkpoint
 from selfsup.checkpoint import InvalidCheckpoint
 from selfsup.errors import UserError
-from selfsup.guard.lease import holder
-from selfsup.log import last_step
 
 
 @dataclass(frozen=True)
@@ -40,19 +37,3 @@ def verify(run: Path) -> list[Checked]:
         if folder.is_dir():  # else the run that goes on has pruned it meanwhile
             found.append(Checked(folder, nbytes, problem))
     return found
-
-
-def describe(run: Path) -> str:
-    """One line: state, step, newest checkpoint, and who holds the folder."""
-    folders = checkpoint.steps(_root(run))
-    step = last_step(run / "metrics.jsonl")
-    total = None
-    if folders:
-        try:
-            total = json.loads((folders[-1][1] / "trainer.json").read_text()).get("steps")
-        except (OSError, ValueError, AttributeError, RecursionError):
-            total = None  # `verify` says what is wrong with it
-    who = holder(run)
-    state = f"running, {who}" if who else "completed" if total == step else "stopped"
-    newest = f"newest checkpoint {folders[-1][1].name}" if folders else "no checkpoint"
-    return f"{run}: {state}; step {step}{f' of {total}' if total else ''}; {newest}"

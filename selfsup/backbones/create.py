@@ -118,7 +118,9 @@ def _refused(name: str, options: dict[str, Any], error: Exception, pretrained: b
     match = re.search(r"(?:(\w+)\.)?__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     if match:
         owner, key = match.groups()
-        return UserError(f"backbone.{one_line(key)}: not an option of timm's {name}{suggest(key, _option_names(name, owner))}")
+        return UserError(
+            f"backbone.{one_line(key)}: not an option of timm's {name}{suggest(key, _option_names(name, owner))}"
+        )
     match = re.search(r"got multiple values for keyword argument '(\w+)'", text)
     if match:
         return UserError(f"backbone.{match.group(1)}: timm fixes it for {name}; leave it out")

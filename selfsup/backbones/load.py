@@ -207,7 +207,11 @@ def _open_folder(path: Path) -> _Source:
 def _fault(recorded: dict[str, Any]) -> str:
     """What in a config.json cannot be used; '' if nothing is."""
     cfg = recorded.get("pretrained_cfg", recorded)
-    tables = {"model_args": recorded.get("model_args", {}), "pretrained_cfg": cfg, "selfsup": recorded.get("selfsup", {})}
+    tables = {
+        "model_args": recorded.get("model_args", {}),
+        "pretrained_cfg": cfg,
+        "selfsup": recorded.get("selfsup", {}),
+    }
     for key, value in tables.items():
         if not isinstance(value, dict):
             return f"{key} is {value!r}; a table is needed"

@@ -30,13 +30,17 @@ class ZipSource(Source):
             self._size = os.stat(path).st_size
             with zipfile.ZipFile(path) as archive:
                 entries = [e for e in archive.infolist() if not e.is_dir() and is_image(os.fsencode(e.filename))]
-        except Exception as error:  # OSError, BadZipFile; of damaged ones NotImplementedError, UnicodeError, struct.error, ...
+        except (
+            Exception
+        ) as error:  # OSError, BadZipFile; of damaged ones NotImplementedError, UnicodeError, struct.error, ...
             raise UserError(f"data: the archive {one_line(path)} cannot be read: {one_line(error)}") from None
         entries = [e for e in entries if not e.filename.startswith("__MACOSX/")]
         if not entries:
             raise UserError(f"data: no images in {one_line(path)}; looked for {' '.join(SUFFIXES)}, in any case")
         if any(e.flag_bits & 1 or e.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for e in entries):
-            raise UserError(f"data: {one_line(path)} holds encrypted or unusually compressed files; store or deflate them")
+            raise UserError(
+                f"data: {one_line(path)} holds encrypted or unusually compressed files; store or deflate them"
+            )
         entries.sort(key=lambda e: e.filename)
         self._names = Names()
         classes: dict[str, int] = {}

@@ -35,11 +35,16 @@ class BadFileLog:
         self.count += min(len(bad), seen)
         fresh = {name: reason for name, reason in bad if name not in self._logged}
         if fresh:
-            lines = [json.dumps({"file": name, "reason": reason}, ensure_ascii=False) + "\n" for name, reason in fresh.items()]
+            lines = [
+                json.dumps({"file": name, "reason": reason}, ensure_ascii=False) + "\n"
+                for name, reason in fresh.items()
+            ]
             try:
                 handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
                 try:
-                    os.write(handle, "".join(lines).encode("utf-8", "backslashreplace"))  # one write: ranks share the file
+                    os.write(
+                        handle, "".join(lines).encode("utf-8", "backslashreplace")
+                    )  # one write: ranks share the file
                 finally:
                     os.close(handle)
             except OSError as error:

@@ -112,7 +112,9 @@ class BatchMaker:
             except BadImage as error:
                 bad.append((self.source.name(found), str(error)))
         name, reason = bad[-1]
-        raise UserError(f"data: {min(n, _PROBES)} images in a row cannot be read; the last is {one_line(name)}: {reason}")
+        raise UserError(
+            f"data: {min(n, _PROBES)} images in a row cannot be read; the last is {one_line(name)}: {reason}"
+        )
 
     def _decoded(self, i: int) -> Prepared:
         """Image i; decoded images of a small set of small images are kept."""
@@ -126,7 +128,12 @@ class BatchMaker:
         return image
 
     def _crop(
-        self, images: list[Prepared], epochs: np.ndarray, ids: np.ndarray, crops: list[np.ndarray], params: list[np.ndarray]
+        self,
+        images: list[Prepared],
+        epochs: np.ndarray,
+        ids: np.ndarray,
+        crops: list[np.ndarray],
+        params: list[np.ndarray],
     ) -> None:
         """Fill crops [V,b,S,S,C] and params [V,b,P] of each resolution for b decoded images."""
         sizes = np.array([pixel_size(image) for image in images])

@@ -55,13 +55,17 @@ class DatasetSource(Source):
                 return convert(image, self.channels, value_range)
             image = np.asarray(image)
         if isinstance(image, torch.Tensor):
-            array = image.detach().cpu().float().numpy() if image.dtype == torch.bfloat16 else image.detach().cpu().numpy()
+            array = (
+                image.detach().cpu().float().numpy() if image.dtype == torch.bfloat16 else image.detach().cpu().numpy()
+            )
             return from_array(array.transpose(1, 2, 0) if array.ndim == 3 else array, self.channels, limit, value_range)
         if isinstance(image, np.ndarray):
             return from_array(image, self.channels, limit, value_range)
         if isinstance(image, (bytes, str, os.PathLike)):
             return decode(image, self.channels, limit, value_range)
-        raise UserError(f"data: {self._title} gives {type(image).__name__}; a PIL image, tensor, array, bytes or path is needed")
+        raise UserError(
+            f"data: {self._title} gives {type(image).__name__}; a PIL image, tensor, array, bytes or path is needed"
+        )
 
     def name(self, i: int) -> str:
         return f"{self._title}[{i}]"
@@ -96,7 +100,9 @@ def open_torchvision(name: str, root: str | None, split: str, channels: int, con
     known = [n for n in zoo.__all__ if inspect.isclass(getattr(zoo, n))]
     kind = {n.lower(): getattr(zoo, n) for n in known}.get(name.lower())
     if kind is None:
-        raise UserError(f"data: torchvision has no data set {one_line(name)!r}{suggest(name, known)}; see torchvision.datasets")
+        raise UserError(
+            f"data: torchvision has no data set {one_line(name)!r}{suggest(name, known)}; see torchvision.datasets"
+        )
     root = root or os.path.join(os.path.expanduser("~"), ".cache", "torchvision")
     accepted = inspect.signature(kind.__init__).parameters
     options: dict[str, Any] = {"root": root}

@@ -27,7 +27,22 @@ from PIL import Image, ImageCms, ImageFile, ImageOps
 from selfsup.errors import UserError
 from selfsup.wording import one_line
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".npy", ".jfif", ".ppm", ".pgm", ".jp2", ".avif")
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".gif",
+    ".npy",
+    ".jfif",
+    ".ppm",
+    ".pgm",
+    ".jp2",
+    ".avif",
+)
 """What a folder is searched for, in any case."""
 
 Pixels = Image.Image | np.ndarray
@@ -69,7 +84,9 @@ def decode(
         raise
     except Image.DecompressionBombError:
         raise BadImage(f"more than max_pixels={max_pixels} pixels") from None
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, zlib.error, ...
+    except (
+        Exception
+    ) as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, zlib.error, ...
         raise BadImage(_reason(data, error)) from None
 
 
@@ -102,7 +119,9 @@ def from_array(
         array = array[:, :, None]
     if array.ndim != 3 or 0 in array.shape:
         raise BadImage(f"array of shape {array.shape}; an image is [H,W], [H,W,C] or [C,H,W]")
-    if array.shape[2] != channels and (array.shape[0] == channels or (array.shape[0] in _MODES and array.shape[2] not in _MODES)):
+    if array.shape[2] != channels and (
+        array.shape[0] == channels or (array.shape[0] in _MODES and array.shape[2] not in _MODES)
+    ):
         array = array.transpose(1, 2, 0)  # [C,H,W] -> [H,W,C]
     if array.shape[0] * array.shape[1] > max_pixels:
         raise BadImage(f"more than max_pixels={max_pixels} pixels: {array.shape[1]}x{array.shape[0]}")
@@ -113,7 +132,9 @@ def from_array(
     if channels not in _MODES or found not in (1, 2, 3, 4):
         raise BadImage(f"{found} channels where {channels} are asked for")
     if found == 2:  # grey and alpha
-        return convert(Image.merge("LA", [Image.fromarray(np.ascontiguousarray(array[:, :, c])) for c in (0, 1)]), channels)
+        return convert(
+            Image.merge("LA", [Image.fromarray(np.ascontiguousarray(array[:, :, c])) for c in (0, 1)]), channels
+        )
     return convert(Image.fromarray(array[:, :, 0] if found == 1 else array), channels)
 
 
@@ -189,7 +210,9 @@ def _decode_pil(data: bytes, channels: int, max_pixels: int, value_range: tuple[
             upright = _upright(image)
         if channels in _MODES:
             out = convert(upright, channels, value_range)
-            return out.copy() if out is image and kind is None else out  # a GIF or TIFF would go back to its closed file
+            return (
+                out.copy() if out is image and kind is None else out
+            )  # a GIF or TIFF would go back to its closed file
         if len(upright.getbands()) == channels:  # two channels: LA
             return from_array(np.asarray(upright), channels, max_pixels, value_range)
         pages_found = getattr(image, "n_frames", 1)

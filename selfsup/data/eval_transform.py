@@ -19,7 +19,9 @@ from selfsup.errors import UserError
 from selfsup.wording import one_line
 
 
-def eval_crop(image: Pixels, size: int, resize: int | None, interpolation: str = "bicubic", crop: bool = True) -> np.ndarray:
+def eval_crop(
+    image: Pixels, size: int, resize: int | None, interpolation: str = "bicubic", crop: bool = True
+) -> np.ndarray:
     """One image as uint8 [size,size,C].
 
     crop: the shorter side to `resize`, then the central square, as torchvision's Resize and CenterCrop of PIL images,
@@ -83,7 +85,11 @@ def eval_batches(
                     raise UserError(f"data: {one_line(name)} cannot be read: {reason}")
                 on_bad(name, reason)
             if len(ids):
-                yield torch.addcmul(shift, pixels.permute(0, 3, 1, 2).to(torch.float32), scale).contiguous(), labels, ids
+                yield (
+                    torch.addcmul(shift, pixels.permute(0, 3, 1, 2).to(torch.float32), scale).contiguous(),
+                    labels,
+                    ids,
+                )
 
 
 class _Chunks(Dataset[Any]):

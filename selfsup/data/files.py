@@ -36,7 +36,9 @@ class FolderSource(Source):
             head, slash, _ = relative.partition(b"/")
             labels.append(classes.setdefault(head, len(classes)) if slash else -1)
         if not len(self._names):
-            raise UserError(f"data: no images in {one_line(root)}; looked in it and below for {' '.join(SUFFIXES)}, in any case")
+            raise UserError(
+                f"data: no images in {one_line(root)}; looked in it and below for {' '.join(SUFFIXES)}, in any case"
+            )
         self._labels = None
         if len(classes) > 1 and min(labels) >= 0:
             self._labels = np.array(labels, dtype=np.int64)

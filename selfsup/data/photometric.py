@@ -38,9 +38,13 @@ def apply(
     """
     views, batch, channels, height, width = crops.shape
     if params.shape != (views, batch, P) or params.device.type != "cpu":
-        raise ValueError(f"params must be [{views},{batch},{P}] on the CPU; seen {list(params.shape)} on {params.device}")
+        raise ValueError(
+            f"params must be [{views},{batch},{P}] on the CPU; seen {list(params.shape)} on {params.device}"
+        )
     if len(mean) != channels or len(std) != channels:
-        raise UserError(f"data.mean and data.std need {channels} values for {channels} channels; seen {len(mean)}, {len(std)}")
+        raise UserError(
+            f"data.mean and data.std need {channels} values for {channels} channels; seen {len(mean)}, {len(std)}"
+        )
     device = torch.device(device)
     p = params.reshape(views * batch, P).numpy()
     x = crops.to(device, non_blocking=True).flatten(0, 1)  # [N,C,S,S], N = V*B
@@ -98,7 +102,9 @@ def _jitter(x: Tensor, p: np.ndarray) -> Tensor:
 def _blend(x: Tensor, op: np.ndarray, factor: np.ndarray) -> Tensor:
     """PIL's ImageEnhance: factor * x + (1 - factor) * (black, the mean grey level, or grey) by op 0, 1, 2; cut to levels."""
     rest = 1 - factor
-    sent = _send(np.stack([factor, rest * (op == 1), rest * (op == 2)])[:, :, None, None, None], x.device)  # [3,N,1,1,1]
+    sent = _send(
+        np.stack([factor, rest * (op == 1), rest * (op == 2)])[:, :, None, None, None], x.device
+    )  # [3,N,1,1,1]
     out = x * sent[0]
     if op.any():
         gray = _luma(x) if x.shape[1] == 3 else x  # [N,1|C,S,S]
@@ -183,4 +189,6 @@ def _shifts(reach: int, size: int, device: torch.device) -> Tensor:
 
 def _solarize(x: Tensor, threshold: np.ndarray) -> Tensor:
     rows = np.flatnonzero(threshold >= 0)
-    return _on_rows(x, rows, lambda selected, limit: torch.where(selected >= limit, 255 - selected, selected), threshold)
+    return _on_rows(
+        x, rows, lambda selected, limit: torch.where(selected >= limit, 255 - selected, selected), threshold
+    )

@@ -45,7 +45,9 @@ def open_source(spec: str, *, channels: int, config: DataConfig | None = None) -
         return FolderSource(path, channels, config)
     if not os.path.exists(path):
         near = one_line(suggest(spec, ["demo", "demo:train", "demo:val", *_siblings(path)]))
-        raise UserError(f"{shown}: no such folder or file{near}; give a folder, a .txt list, demo, or torchvision:NAME:ROOT")
+        raise UserError(
+            f"{shown}: no such folder or file{near}; give a folder, a .txt list, demo, or torchvision:NAME:ROOT"
+        )
     if not os.path.isfile(path):  # a pipe would be waited for
         raise UserError(f"{shown}: neither a folder nor a file")
     if path.lower().endswith(".txt"):
@@ -94,7 +96,9 @@ def _open_named(kind: str, rest: str, channels: int, config: DataConfig) -> Sour
     from selfsup.data import datasets
 
     name, _, tail = rest.partition(":")
-    root, _, split = tail.rpartition(":") if tail.rpartition(":")[2] in ("train", "val", "test", "validation") else (tail, "", "")
+    root, _, split = (
+        tail.rpartition(":") if tail.rpartition(":")[2] in ("train", "val", "test", "validation") else (tail, "", "")
+    )
     opener = datasets.open_torchvision if kind == "torchvision" else datasets.open_timm
     return opener(name, root or None, split or "train", channels, config)
 

@@ -26,5 +26,7 @@ def split(labels: np.ndarray, fraction: float = 0.2, seed: int = 0) -> tuple[np.
     if val:
         chosen[np.concatenate(val)] = True
     if not chosen.any():
-        raise UserError(f"data: {len(labels)} images with {len(val)} classes cannot be split; a class needs two images or more")
+        raise UserError(
+            f"data: {len(labels)} images with {len(val)} classes cannot be split; a class needs two images or more"
+        )
     return np.flatnonzero(~chosen & (labels >= 0)), np.flatnonzero(chosen)

@@ -176,7 +176,9 @@ def crop(image: Pixels, params: ViewParams, size: int, interpolation: str = "bic
     the two passes in another order (mean difference below 0.5 levels on noise, 0.01 on photographs). Alpha, if
     there is any, is a channel like the others.
     """
-    return crops_of([prepare(image)], params.pack()[None], size, interpolation)[0].transpose(2, 0, 1)  # [S,S,C] -> [C,S,S]
+    return crops_of([prepare(image)], params.pack()[None], size, interpolation)[0].transpose(
+        2, 0, 1
+    )  # [S,S,C] -> [C,S,S]
 
 
 def prepare(image: Pixels) -> Prepared:
@@ -233,5 +235,7 @@ def resized_array(
     """As `resized` for uint8 [H,W,C] of any C, channel by channel."""
     left, top, right, bottom = box
     part = image[top:bottom, left:right]
-    planes = [Image.fromarray(np.ascontiguousarray(part[:, :, c])).resize(size, resample) for c in range(image.shape[2])]
+    planes = [
+        Image.fromarray(np.ascontiguousarray(part[:, :, c])).resize(size, resample) for c in range(image.shape[2])
+    ]
     return np.stack([np.asarray(plane) for plane in planes], axis=-1)

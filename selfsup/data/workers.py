@@ -58,7 +58,9 @@ def items(
                     crew = crew or _Crew(dataset, range(due, end), workers, prefetch, pin)
                     item = crew.next()
                 except _WorkerDied as error:
-                    died = str(error)  # not its traceback: frames hold files and sockets, which new workers would inherit
+                    died = str(
+                        error
+                    )  # not its traceback: frames hold files and sockets, which new workers would inherit
                 else:
                     due += 1
                     yield item.opened() if isinstance(item, _Failure) else item
@@ -236,7 +238,9 @@ class _Careful(Dataset[Any]):
         try:
             _share(item)  # torch would do it while it sends, where a failure is lost and the trainer waits for ever
         except RuntimeError as error:
-            text = f"shared memory is full ({error}); fewer workers than workers={worker.num_workers}, or a smaller batch"
+            text = (
+                f"shared memory is full ({error}); fewer workers than workers={worker.num_workers}, or a smaller batch"
+            )
             return _Failure(f"data: /dev/shm: {text}, need less", True, "")
         return item
 

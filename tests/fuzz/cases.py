@@ -146,8 +146,9 @@ def edits() -> st.SearchStrategy[Edit]:
     return st.builds(Edit, seed=st.integers(0, 2**32), count=st.integers(1, 6))
 
 
-_INTERESTING = [bytes(n) for n in (1, 2, 4, 8)] + [b"\xff" * n for n in (1, 2, 4, 8)] + [b"\x7f\xff\xff\xff",
-                                                                                         b"\x00\x00\x00\x80"]
+_INTERESTING = (
+    [bytes(n) for n in (1, 2, 4, 8)] + [b"\xff" * n for n in (1, 2, 4, 8)] + [b"\x7f\xff\xff\xff", b"\x00\x00\x00\x80"]
+)
 
 
 def _edited(data: bytes, rng: random.Random, count: int) -> bytes:

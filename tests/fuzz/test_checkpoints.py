@@ -24,6 +24,7 @@ from selfsup import checkpoint, runfolder, status
 from selfsup.checkpoint import InvalidCheckpoint
 from selfsup.config import load
 from selfsup.errors import EarlyStop
+from selfsup.launch.status import describe
 from selfsup.log import last_step, read_metrics
 from tests.fuzz.cases import Edit, check_message, digest, edits, fuzz, told
 
@@ -115,8 +116,9 @@ def happen(run: Path, kind: str, name: str, other: str, edit: Edit) -> None:
 def changed(text: str, seed: int) -> str:
     """JSON of which one value or key became another; text that is no JSON becomes such."""
     rng = random.Random(seed)
-    value = rng.choice([None, True, 0, -1, 10**30, 0.5, math.nan, "", "x", "a\nb\nc", "../x", "\0", [], {}, [1],
-                        {"x": 1}, "9" * 5000])
+    value = rng.choice(
+        [None, True, 0, -1, 10**30, 0.5, math.nan, "", "x", "a\nb\nc", "../x", "\0", [], {}, [1], {"x": 1}, "9" * 5000]
+    )
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError):
@@ -165,7 +167,8 @@ def test_what_is_looked_at(place: Path, happened) -> None:
                 checkpoint.load(found, 0)
         with told():
             status.verify(run)
-            status.describe(run)
+        with told():
+            assert [each.state for each in describe([run])] != ["running"]
         with told():
             runfolder.stored_config(run)
         with told():
@@ -211,7 +214,9 @@ class Tensors:
             case 3:
                 tensors[name] = torch.zeros([rng.randrange(1, 4) for _ in range(rng.randrange(5))])
             case 4:
-                tensors[name] = old.to(rng.choice([torch.float64, torch.int64, torch.bool, torch.bfloat16, torch.uint8]))
+                tensors[name] = old.to(
+                    rng.choice([torch.float64, torch.int64, torch.bool, torch.bfloat16, torch.uint8])
+                )
             case 5 if old.is_floating_point():
                 tensors[name] = torch.full_like(old, rng.choice([math.nan, math.inf, 1e38, 0.0]))
             case 6:
@@ -265,8 +270,13 @@ def test_what_is_resumed(place: Path, name: str, change: Tensors | Edit, trainer
 # ------------------------------------------------------------------------------------------------------ weights of others
 
 
-@fuzz(150, suffix=st.sampled_from([".pth", ".pt", ".safetensors", ".bin"]), edit=st.one_of(st.none(), edits()),
-      change=JSON, nested=st.booleans())
+@fuzz(
+    150,
+    suffix=st.sampled_from([".pth", ".pt", ".safetensors", ".bin"]),
+    edit=st.one_of(st.none(), edits()),
+    change=JSON,
+    nested=st.booleans(),
+)
 def test_weights(place: Path, suffix: str, edit: Edit | None, change: Any, nested: bool) -> None:
     """Files of torch and of safetensors, whole and damaged, with whatever is in them."""
     tensors = {k.removeprefix("teacher.backbone.model."): v for k, v in load_file(FOLDER / "model.safetensors").items()
@@ -300,8 +310,12 @@ def exported(place: Path) -> Path:
     return place / "exported"
 
 
-@fuzz(200, seed=st.integers(0, 2**32), edit=st.one_of(st.none(), st.none(), edits()), weights=st.one_of(st.none(),
-                                                                                                        edits()))
+@fuzz(
+    200,
+    seed=st.integers(0, 2**32),
+    edit=st.one_of(st.none(), st.none(), edits()),
+    weights=st.one_of(st.none(), edits()),
+)
 def test_exported_folders(place: Path, exported: Path, seed: int, edit: Edit | None, weights: Edit | None) -> None:
     outer = Path(tempfile.mkdtemp(dir=place))
     try:

@@ -98,8 +98,9 @@ WORDS = ["", "-", "--", "--out", "--help", "-h", "--resume", "--nonsense", "=", 
 VERBS = ["train", "eval", "export", "recipes", "status", "replay", "demo", "trian"]
 
 
-@fuzz(60, verb=st.sampled_from(VERBS), words=st.lists(st.one_of(st.sampled_from(WORDS), st.text(max_size=6)),
-                                                      max_size=3))
+@fuzz(
+    60, verb=st.sampled_from(VERBS), words=st.lists(st.one_of(st.sampled_from(WORDS), st.text(max_size=6)), max_size=3)
+)
 def test_words(place: Path, verb: str, words: list[str]) -> None:
     with folder(place) as here:
         before = digest(here)
@@ -108,8 +109,18 @@ def test_words(place: Path, verb: str, words: list[str]) -> None:
             assert digest(here) == before
 
 
-DATA = ["images", "empty", "file", "bad.zip", "pipe.zip", "names.txt", "nothing", "images/image_000.png", "tiny.yaml",
-        ""]
+DATA = [
+    "images",
+    "empty",
+    "file",
+    "bad.zip",
+    "pipe.zip",
+    "names.txt",
+    "nothing",
+    "images/image_000.png",
+    "tiny.yaml",
+    "",
+]
 OUTS = ["new", "new", "run", "file", "file/x", "/proc/x", "", "a\nb\nc", "x/y/z", "run/config.yaml"]
 ODD = ["views.global.size=36", "global_batch=64", "backbone=no_such", "backbone.depth=[1]", "method=nobody",
        "method.out_dim=0",
@@ -124,8 +135,15 @@ def test_train(place: Path, recipe: str, data: str, out: str, odd: list[str], re
     with folder(place) as here:
         before = digest(here)
         name = recipe if recipe == "demo" else str(place / recipe)
-        arguments = [name, f"data={place / data if data else ''}", *odd, *SHORT, "--out", out,
-                     *(["--resume"] if resume else [])]
+        arguments = [
+            name,
+            f"data={place / data if data else ''}",
+            *odd,
+            *SHORT,
+            "--out",
+            out,
+            *(["--resume"] if resume else []),
+        ]
         code = check(["train", *arguments])
         assert kept(before, here)  # the run too: it is another configuration's, and never gone on with
         if code == 0:

@@ -15,8 +15,16 @@ from selfsup.eval.settings import VERBS, resolve
 from selfsup.schedules import evaluate, optimizer_schedules, plan
 from tests.fuzz.cases import Edit, edits, fuzz, told
 
-KEYS = sorted({*_keys(Config), "method.out_dim", "method.momentum", "method.freeze_last_layer", "backbone.depth",
-               "backbone.img_size"})
+KEYS = sorted(
+    {
+        *_keys(Config),
+        "method.out_dim",
+        "method.momentum",
+        "method.freeze_last_layer",
+        "backbone.depth",
+        "backbone.img_size",
+    }
+)
 EVAL_KEYS = sorted({key for kind in VERBS.values() for key in _keys(kind)})
 
 
@@ -29,8 +37,9 @@ def near(draw: Any, keys: list[str]) -> str:
             at = draw(st.integers(0, len(key)))
             return key[:at] + draw(st.sampled_from(["", ".", "_", "-", " ", "é", "\n", "[0]"])) + key[at + 1 :]
         case 1:
-            return draw(st.sampled_from([key.upper(), key.split(".")[-1], key + ".x", "x." + key, key + "." + key,
-                                         "." + key]))
+            return draw(
+                st.sampled_from([key.upper(), key.split(".")[-1], key + ".x", "x." + key, key + "." + key, "." + key])
+            )
         case 2:
             return draw(st.text(max_size=10))
     return key

@@ -150,8 +150,6 @@ def readable(root: Path) -> None:
                 os.chmod(os.path.join(path, name), 0o700)
 
 
-
-
 @fuzz(350, entries=ENTRIES, good=st.booleans(), user=st.booleans(), channels=st.sampled_from([3, 1, 5]))
 def test_folders(place: Path, entries, good: bool, user: bool, channels: int) -> None:
     with folder(place) as root:
@@ -199,8 +197,9 @@ def test_lists(place: Path, lines, end: bytes, edit: Edit | None, good: bool) ->
         (root / "my picture.png").write_bytes(GOOD)
         os.mkfifo(root / "fifo.png")
         os.symlink(".", root / "loop")
-        text = end.join([*([b"first.png"] if good else []), *(path + between + label for path, between,
-                                                              label in lines)])
+        text = end.join(
+            [*([b"first.png"] if good else []), *(path + between + label for path, between, label in lines)]
+        )
         (root / "list.txt").write_bytes(edit(text) if edit else text)
         before = digest(root)
         use(str(root / "list.txt"))
@@ -266,8 +265,11 @@ def archive(path: Path, members: list[tuple[str, str, int, str, Edit]], away: Pa
 @fuzz(450, members=MEMBERS, changes=TAMPERS, edit=st.one_of(st.none(), st.none(), edits()), good=st.booleans())
 def test_archives(place: Path, members, changes, edit: Edit | None, good: bool) -> None:
     with folder(place) as root:
-        archive(root / "x.zip", [*members, *([("z/good.png", "image", 8, "rgb.png", Edit(0, 1))] if good else [])],
-                root / "away")
+        archive(
+            root / "x.zip",
+            [*members, *([("z/good.png", "image", 8, "rgb.png", Edit(0, 1))] if good else [])],
+            root / "away",
+        )
         data = tampered((root / "x.zip").read_bytes(), changes)
         (root / "x.zip").write_bytes(edit(data) if edit else data)
         before = digest(root)
@@ -277,8 +279,9 @@ def test_archives(place: Path, members, changes, edit: Edit | None, good: bool) 
 
 def zip64(name: bytes, offset: int, stored: int, unpacked: int) -> bytes:
     """One member whose sizes and place are in a zip64 field."""
-    local = struct.pack("<4sHHHHHIIIHH", b"PK\x03\x04", 45, 0, 0, 0, 0, 0, len(GOOD), len(GOOD), len(name),
-                        0) + name + GOOD
+    local = (
+        struct.pack("<4sHHHHHIIIHH", b"PK\x03\x04", 45, 0, 0, 0, 0, 0, len(GOOD), len(GOOD), len(name), 0) + name + GOOD
+    )
     extra = struct.pack("<HHQQQ", 1, 24, unpacked, stored, offset)
     most = 0xFFFFFFFF
     central = struct.pack(

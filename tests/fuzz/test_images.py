@@ -167,8 +167,9 @@ SIZES = st.sampled_from([0, 1, -1, 3, 20, 10**4, 2**31, 2**32 + 1, 2**62, 2**63,
 @fuzz(
     150,
     shape=st.lists(SIZES, max_size=4),
-    kind=st.sampled_from(["|u1", "<u2", "<f4", "<f8", "|b1", "<c8", "|O", "|V0", "|S0", "<U9999999", "<M8[s]",
-                          "f4,f4"]),
+    kind=st.sampled_from(
+        ["|u1", "<u2", "<f4", "<f8", "|b1", "<c8", "|O", "|V0", "|S0", "<U9999999", "<M8[s]", "f4,f4"]
+    ),
     order=st.sampled_from(["False", "True", "None", "7"]),
     version=st.sampled_from([b"\x01\x00", b"\x02\x00", b"\x03\x00", b"\x04\x00"]),
     rest=st.binary(max_size=100),
@@ -188,8 +189,11 @@ def declared(kind: str, width: int, height: int) -> bytes:
     if kind == "gif":
         return b"GIF89a" + struct.pack("<HH", min(width, 65535), min(height, 65535)) + BASES["one.gif"][10:]
     if kind == "bmp":
-        return BASES["rgb.bmp"][:18] + struct.pack("<ii", min(width, 2**31 - 1), min(height,
-                                                                                     2**31 - 1)) + BASES["rgb.bmp"][26:]
+        return (
+            BASES["rgb.bmp"][:18]
+            + struct.pack("<ii", min(width, 2**31 - 1), min(height, 2**31 - 1))
+            + BASES["rgb.bmp"][26:]
+        )
     if kind == "ppm":
         return b"P6 %d %d 255\n" % (width, height) + bytes(1000)
     if kind == "npy":
@@ -210,7 +214,9 @@ def test_what_is_declared_is_not_allocated() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for kind, width, height in itertools.product(["png", "gif", "bmp", "ppm", "npy", "tif"], LARGE, LARGE):
         assert not check(declared(kind, width, height), 3)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100_000  # KB; one of 8192 x 8192 would be 200,000
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100_000
+    )  # KB; one of 8192 x 8192 would be 200,000
     assert DataConfig().max_pixels < 2**13 * 2**15
     for kind in ("png", "bmp", "ppm", "tif"):
         with pytest.raises(BadImage, match="max_pixels"):
