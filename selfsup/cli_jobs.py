@@ -134,7 +134,11 @@ def register(app: typer.Typer, evaluations: dict[str, str], periodic: Callable[[
 def _train(config: Config, run: Path, periodic: Callable[[Config, Path], Any]) -> None:
     from selfsup.train import train as trainer
 
-    trainer(config, out=run, resume=True, evaluate=periodic(config, run))
+    result = trainer(config, out=run, resume=True, evaluate=periodic(config, run))
+    from selfsup import dist
+
+    if dist.is_main():
+        typer.echo(f"done: {result.steps} steps; the backbone is in {run / 'backbone'}")
 
 
 def _evaluate(task: str, run: Path, overrides: list[str]) -> None:
