@@ -13,10 +13,15 @@ from tests.slurm.cluster import Slurm, base_folder, missing
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that use the fixture have the marker."""
+    """Tests that use the fixture have the marker; one worker of pytest-xdist runs them all, and begins with them.
+
+    They take turns anyway; two workers with such tests would wait for one another.
+    """
     for item in items:
         if "slurm" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slurm)
+            item.add_marker(pytest.mark.xdist_group("slurm"))
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
 
 
 def _take_folder() -> tuple[Path, IO[str]]:
