@@ -190,6 +190,9 @@ def check_free(plan: Plan, resume: bool) -> list[str]:
     if os.path.lexists(out) and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
     told = submission.read(out)
+    for path in (plan.code, out / submission.CONFIG):
+        if told is None and os.path.lexists(path):
+            raise UserError(f"{path} is of no submitted run, and would be replaced; name another folder, or remove it")
     holding = [run for run in plan.runs() if (run / "config.yaml").exists() or submission.path(run).exists()]
     if told is None and not holding:
         return [f"--resume: {out} holds no run; it begins at step 0"] if resume else []

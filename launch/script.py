@@ -12,6 +12,7 @@ from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from selfsup.errors import UserError
+from selfsup.wording import printable
 
 from .cluster import Cluster
 
@@ -121,7 +122,7 @@ def check_folder(folder: Path) -> None:
     """UserError if Slurm would take characters of this path for something else."""
     bad = [c for c in str(folder.absolute()) if c in "%\\'\"" or not c.isprintable()]
     if bad:
-        raise UserError(f"run folder {folder}: Slurm takes {bad[0]!r} in the path of a log for something else")
+        raise UserError(f"run folder {printable(str(folder))}: Slurm takes {bad[0]!r} in the path of a log for something else")
 
 
 _SURVIVE = (

@@ -75,7 +75,8 @@ def read(run: Path) -> Submission | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{file}: cannot be read: {why}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file}: expected an object, seen {type(values).__name__}")
     return config.validate(Submission, values, where=str(file))

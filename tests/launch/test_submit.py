@@ -149,6 +149,8 @@ def test_folders_that_cannot_be(tmp_path: Path):
     assert "is a file" in refusal(tmp_path / "file")
     assert "cannot be made" in refusal(tmp_path / "file" / "run")
     assert "Slurm takes" in refusal(tmp_path / "a'b")
+    assert "Slurm takes '\\n'" in refusal(tmp_path / "a\nb\nc\nd")
+    assert refusal(tmp_path / ("x" * 300)).count("x" * 300) == 1
     assert "--resume needs --out" in refusal(None, resume=True)
     assert {path.name for path in tmp_path.iterdir()} == {"work", "file"}
 
@@ -216,6 +218,17 @@ def test_a_folder_that_holds_a_run(out: Path):
     assert "seed=1 already holds a run; add --resume" in refusal(out, sweep=["seed=0,1"])
     assert "already holds a run" in refusal(out / "seed=1")
     assert "already holds a run" in refusal(out / "seed=1", dry_run=True)
+    assert files(out) == before
+
+
+@pytest.mark.parametrize("name", ["code/thesis.py", "job/config.yaml"])
+def test_a_folder_of_something_else(out: Path, name: str):
+    """What a submission would replace there is not ours to replace."""
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("mine")
+    before = files(out)
+    assert "name another folder" in refusal(out)
+    assert "name another folder" in refusal(out, dry_run=True, resume=True, sweep=["seed=0,1"])
     assert files(out) == before
 
 
