@@ -122,7 +122,9 @@ def check_folder(folder: Path) -> None:
     """UserError if Slurm would take characters of this path for something else."""
     bad = [c for c in str(folder.absolute()) if c in "%\\'\"" or not c.isprintable()]
     if bad:
-        raise UserError(f"run folder {printable(str(folder))}: Slurm takes {bad[0]!r} in the path of a log for something else")
+        raise UserError(
+            f"run folder {printable(str(folder))}: Slurm takes {bad[0]!r} in the path of a log for something else"
+        )
 
 
 _SURVIVE = (

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,6 +43,8 @@ class RunStatus:
     """For people: why it waits, and how its evaluations stand that do not run."""
     over: bool = False
     """Whether nothing more will happen unless somebody submits it again."""
+    guessed: bool = False
+    """Whether it goes on, as far as its folder tells; Slurm, which would know, does not answer."""
 
     def as_json(self) -> dict[str, Any]:
         """What programs may rely on."""
@@ -148,6 +151,7 @@ class _Seen:
             eta_s=self.figures.eta_s if now == "running" else None,
             remarks=tuple(remarks),
             over=now in state.FINAL or (known is not None and known.state == "PREEMPTED"),
+            guessed=not answers and any(self.jobs()) and now not in state.FINAL,
         )
 
     def state(self, info: JobInfo | None) -> State:
@@ -237,30 +241,39 @@ def _number(value: Any) -> float | None:
 
 # ---------------------------------------------------------------------------------------------------------- for people
 
+_HEADS = ("run", "state", "step", "ETA", "img/s", "k-NN", "restarts", "host")
+_RIGHT = {"step", "ETA", "img/s", "k-NN", "restarts"}
+_DISPENSABLE = ("restarts", "img/s", "host")
+"""On a narrow terminal; the first is the first to go."""
+
 
 def table(statuses: Sequence[RunStatus]) -> str:
-    """One line a run, and below them what waits or failed. On a terminal, names are cut where lines would break."""
-    from rich.cells import cell_len
+    """One line a run, and below them what waits or failed. On a terminal, columns are left out and names cut to fit it."""
+    from . import columns
 
     if not statuses:
         return "no runs here"
-    heads = ("run", "state", "step", "ETA", "img/s", "k-NN", "restarts", "host")
-    right = {"step", "ETA", "img/s", "k-NN", "restarts"}
-    rows = [heads, *(_cells(status) for status in statuses)]
-    widths = [max(cell_len(row[i]) for row in rows) for i in range(len(heads))]
+    rows: list[Sequence[str]] = [_HEADS, *map(_cells, statuses)]
     if sys.stdout.isatty():
-        room = shutil.get_terminal_size().columns - sum(widths[1:]) - 2 * (len(widths) - 1)
-        widths[0] = min(widths[0], max(room, 12))
-    lines = []
-    for row in rows:
-        cells = [_cut(row[0], widths[0]), *row[1:]]
-        padded = []
-        for head, cell, width in zip(heads, cells, widths):
-            space = " " * (width - cell_len(cell))
-            padded.append(space + cell if head in right else cell + space)
-        lines.append("  ".join(padded).rstrip())
-    notes = [f"{printable(status.run)}: {printable(remark)}" for status in statuses for remark in status.remarks]
+        rows = columns.fitted(rows, shutil.get_terminal_size().columns, _DISPENSABLE)
+    lines = columns.aligned(rows, right=_RIGHT)
+    notes = _notes(statuses)
+    if any(status.guessed for status in statuses):
+        notes.append("Slurm does not answer: runs that are not over are shown as their folders tell")
     return "\n".join([*lines, *(["", *notes] if notes else [])])
+
+
+def _notes(statuses: Sequence[RunStatus]) -> list[str]:
+    """Remarks, each once, with the first run it is about; the jobs of an array are one."""
+    about: dict[str, list[tuple[str, str]]] = {}
+    for status in statuses:
+        for remark in status.remarks:
+            about.setdefault(re.sub(r"(\(job \d+)_\d+", r"\1", remark), []).append((status.run, remark))
+    notes = []
+    for common, ((run, remark), *others) in about.items():
+        more = f" and {len(others)} more" if others else ""
+        notes.append(f"{printable(run)}{more}: {printable(common if others else remark)}")
+    return notes
 
 
 def _cells(status: RunStatus) -> tuple[str, ...]:
@@ -278,14 +291,3 @@ def _cells(status: RunStatus) -> tuple[str, ...]:
         str(status.restarts),
         status.host or "",
     )
-
-
-def _cut(text: str, width: int) -> str:
-    """Its end, which tells runs apart, in so many columns."""
-    from rich.cells import cell_len
-
-    if cell_len(text) <= width:
-        return text
-    while cell_len(text) > width - 1:
-        text = text[1:]
-    return "…" + text

@@ -10,7 +10,7 @@ from selfsup import durable
 from selfsup.errors import UserError
 from selfsup.wording import one_line, printable
 
-from . import status, submission
+from . import columns, status, submission
 from .status import RunStatus
 from .submission import Submission
 
@@ -60,8 +60,6 @@ def table(submitted: Submission, found: Sequence[RunStatus]) -> list[dict[str, A
 
 def show(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
     """Aligned columns, the best marked with a *."""
-    from rich.cells import cell_len
-
     named = {name: None for row in rows for name in row["metrics"] if name not in _LEFT_OUT}
     metrics = sorted(named, key=lambda name: (name != "loss", name != _CHOSEN_BY, name))
     lines = [["", *(keys or ("run",)), "state", "step", *metrics]]
@@ -70,8 +68,7 @@ def show(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
         step = f"{row['step']}/{row['steps']}" if row["steps"] is not None else str(row["step"])
         figures = [_figure(name, row["metrics"].get(name)) for name in metrics]
         lines.append(["*" if row["best"] else "", *values, row["state"], step, *figures])
-    widths = [max(map(cell_len, column)) for column in zip(*lines)]
-    text = "\n".join("  ".join(c + " " * (w - cell_len(c)) for c, w in zip(cells, widths)).rstrip() for cells in lines)
+    text = "\n".join(columns.aligned(lines))
     return text + (f"\n* highest {_CHOSEN_BY}" if any(row["best"] for row in rows) else "")
 
 

@@ -466,6 +466,31 @@ def test_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "90")
     lines = status.table([row("/a/very/long/path/that/goes/on/" * 3 + "走る/seed=1"), row("b")]).splitlines()
     assert all(len(line) <= 90 for line in lines) and "…" in lines[1] and "走る/seed=1 " in lines[1]
+    monkeypatch.setenv("COLUMNS", "60")
+    lines = status.table([row("/a/very/long/path/to/seed=1"), row("b")]).splitlines()
+    assert lines[0] == "run             state      step      ETA          k-NN  host"
+    assert all(len(line) <= 60 for line in lines)
+
+
+def test_remarks_are_told_once():
+    """Also of a sweep, whose jobs have a number each."""
+    runs = [
+        row(f"seed={n}", remarks=(f"knn (job 20_{n}) waits: Dependency", "waits: Priority")[: 1 + n]) for n in (0, 1)
+    ]
+    assert status.table([*runs, row("b", remarks=("waits: Priority",))]).splitlines()[-3:] == [
+        "",
+        "seed=0 and 1 more: knn (job 20) waits: Dependency",
+        "seed=1 and 1 more: waits: Priority",
+    ]
+    assert status.table(runs[:1]).splitlines()[-1] == "seed=0: knn (job 20_0) waits: Dependency"
+
+
+def test_that_slurm_does_not_answer_is_told(no_slurm: None, tmp_path: Path):
+    """Where it makes a difference."""
+    run = submitted(trained(tmp_path / "a", 40), "12")
+    assert "Slurm does not answer" in status.table(describe([run]))
+    done = submitted(trained(tmp_path / "b", 100), "13")
+    assert "Slurm does not answer" not in status.table(describe([done]))
 
 
 # ---------------------------------------------------------------------------------------------------- state, in words
