@@ -96,6 +96,8 @@ def make(
     if out is None and resume:
         raise UserError("--resume needs --out RUN: the folder of the run to go on with")
     out = out or default_folder(recipe)
+    if ".." in out.parts:
+        out = out.resolve()  # jobs must find it even when the folder that it is relative to is gone
     plan = Plan(
         recipe,
         tuple(overrides),
@@ -208,6 +210,11 @@ def check_free(plan: Plan, resume: bool) -> list[str]:
             f"--out {out} holds {kind}, and not what --sweep says now; give the same --sweep, or another --out"
         )
     notes = []
+    if told is not None and told.cluster.world_size != plan.cluster.world_size:
+        notes.append(
+            f"{plan.cluster.world_size} processes, where there were {told.cluster.world_size}: "
+            "it goes on, but not bit for bit as it would have; give the same keys of the cluster for that"
+        )
     for member, run in zip(plan.members, plan.runs()):
         for line in _resumable(member.config, run):
             notes.append(line if member.folder == "." else f"{member.folder}: {line}")

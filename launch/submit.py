@@ -123,6 +123,7 @@ def _submit(plan: Plan, resume: bool) -> None:
                 told = told.model_copy(update={"job": job})
                 _write_numbers(plan, told)
                 _launch_dependents(plan, told, job)
+                _say_next(plan)
                 return
         _start_here(plan, told, undo)
 
@@ -139,6 +140,7 @@ def _start_here(plan: Plan, told: Submission, undo: contextlib.ExitStack) -> Non
     local.start(plan.out, told, foreground=False)
     _taken(plan, undo)
     _report(plan, str(told.job))
+    _say_next(plan)
 
 
 def _taken(plan: Plan, undo: contextlib.ExitStack) -> None:
@@ -297,9 +299,11 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _report(plan: Plan, job: str) -> None:
     runs = f", {len(plan.members)} runs" if plan.sweep else ""
-    run = shlex.quote(str(plan.out))
-    print(f"job {job}: training{runs}, in {plan.out}")
-    first = shlex.quote(str(plan.runs()[0]))
+    print(f"job {job}: training{runs}, in {plan.out}", flush=True)
+
+
+def _say_next(plan: Plan) -> None:
+    run, first = (shlex.quote(str(folder)) for folder in (plan.out, plan.runs()[0]))
     print(f"next: selfsup status {run}; selfsup logs {first} --follow; selfsup cancel {run}", flush=True)
 
 
@@ -309,13 +313,14 @@ def _show(plan: Plan) -> None:
     _say(f"run folder: {plan.out.absolute()}", *(f"  run: {m.folder}" for m in plan.members if plan.sweep))
     if cluster.kind == "slurm":
         job = training(plan)
-        unset = " ".join(job.not_inherited()) or "nothing"
-        _say(f"environment of the job: as it is here, without {unset}")
+        unset = " ".join(job.not_inherited())
+        _say("environment of the job: as it is here" + (f", without {unset}" if unset else ""))
     ranks, nodes = cluster.world_size, cluster.nodes
     _say(
-        f"environment of each of its {ranks} ranks, besides that of the script: PYTHONPATH={plan.code.absolute()} first; "
-        f"WORLD_SIZE={ranks} RANK=0..{ranks - 1} LOCAL_WORLD_SIZE={cluster.tasks} LOCAL_RANK=0..{cluster.tasks - 1} "
-        f"GROUP_RANK=0..{nodes - 1} MASTER_ADDR=(the first node) MASTER_PORT=(one of {cluster.ports or '20000-31999'}) "
+        f"environment of each rank ({ranks} in all), besides that of the script: "
+        f"PYTHONPATH={plan.code.absolute()} first; "
+        f"WORLD_SIZE={ranks} RANK={_up_to(ranks)} LOCAL_WORLD_SIZE={cluster.tasks} LOCAL_RANK={_up_to(cluster.tasks)} "
+        f"GROUP_RANK={_up_to(nodes)} MASTER_ADDR=(the first node) MASTER_PORT=(one of {cluster.ports or '20000-31999'}) "
         "SELFSUP_JOB=(its number) SELFSUP_RESTART=(how often it was started again)"
     )
     if cluster.kind != "slurm":
@@ -336,3 +341,7 @@ def _show(plan: Plan) -> None:
         _say("--- the training:")
     sys.stdout.write(job.text(plan.count))
     sys.stdout.flush()
+
+
+def _up_to(count: int) -> str:
+    return f"0..{count - 1}" if count > 1 else "0"

@@ -50,7 +50,7 @@ def expand(options: Sequence[str], recipe: str, overrides: Sequence[str]) -> Swe
         word, values = _split(option)
         key = _resolve(word, base, option)
         if key != _full(word):
-            notes.append(f"--sweep {word}: {key}")
+            notes.append(f"--sweep {word}: taken as {key}")
         if key in texts:
             raise UserError(f"--sweep {one_line(option)}: {key} is given twice; list its values in one --sweep")
         if key in given:
@@ -111,7 +111,9 @@ def _resolve(word: str, base: Config, option: str) -> str:
     if len(ends) > 1:
         raise UserError(f"--sweep {one_line(option)}: {word} may be {' or '.join(ends)}; write it in full")
     if not ends:
-        raise UserError(f"--sweep {one_line(option)}: no recipe has a key {word!r}{configuration.suggest(word, known)}")
+        hint = configuration.suggest(word, [*known, *(full.rpartition(".")[2] for full in known)])
+        hint = hint or "; options that the recipe does not give are written in full, as in method.NAME"
+        raise UserError(f"--sweep {one_line(option)}: no recipe has a key {word!r}{hint}")
     return ends[0]
 
 

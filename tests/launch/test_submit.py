@@ -152,6 +152,8 @@ def test_folders_that_cannot_be(tmp_path: Path):
     assert "Slurm takes '\\n'" in refusal(tmp_path / "a\nb\nc\nd")
     assert refusal(tmp_path / ("x" * 300)).count("x" * 300) == 1
     assert "--resume needs --out" in refusal(None, resume=True)
+    (tmp_path / "work" / "link").symlink_to(tmp_path.parent)
+    assert refusal(Path("link/../../x%")).startswith(f"run folder {tmp_path.parent.parent.parent / 'x%'}/")
     assert {path.name for path in tmp_path.iterdir()} == {"work", "file"}
 
 
@@ -282,6 +284,7 @@ def test_a_run(here: Slurm, out: Path, work: Path, capsys: pytest.CaptureFixture
     finally:
         os.umask(umask)
     said = capsys.readouterr()
+    assert said.out.splitlines()[-1].startswith("next: selfsup status")
     assert stat.S_IMODE(out.stat().st_mode) == 0o700
     assert {path.name for path in out.iterdir()} == {"job", "code", "logs"}
     found = told(out)
@@ -353,9 +356,10 @@ def test_a_run_of_a_sweep_that_goes_on_alone(here: Slurm, out: Path):
     assert f"its job {alone.job} is PENDING" in refusal(out, resume=True, sweep=["seed=0,1"])
 
 
-def test_refused_by_slurm(here: Slurm, out: Path, work: Path):
-    """Nothing of it is left, not even the folders above."""
+def test_refused_by_slurm(here: Slurm, out: Path, capsys: pytest.CaptureFixture[str]):
+    """Nothing of it is left, not even the folders above. Slurm's words are told once."""
     assert "sbatch refuses the job: invalid partition specified" in refusal(out, "partition=nowhere")
+    assert "sbatch" not in capsys.readouterr().err
     assert not out.parent.exists()
     assert "sbatch refuses" in refusal(out, "partition=nowhere", sweep=["seed=0,1"])
     assert not out.parent.exists()
@@ -395,8 +399,9 @@ def test_resume(here: Slurm, out: Path, capsys: pytest.CaptureFixture[str]):
     out.chmod(0o750)
     (out / "code/selfsup/old.py").write_text("")
     capsys.readouterr()
-    send(out, "steps=60", resume=True)
-    assert "steps grows from 50 to 60" in capsys.readouterr().err
+    send(out, "steps=60", "nodes=2", resume=True)
+    said = capsys.readouterr().err
+    assert "steps grows from 50 to 60" in said and "2 processes, where there were 1: " in said
     second = told(out)
     assert second.job not in (None, first.job) and second.then == ()
     assert configuration.load(str(out / "job/config.yaml")).steps == 60

@@ -41,7 +41,7 @@ def test_cartesian_product_in_the_order_given():
     ]
     assert all(member.config.steps == 40 and member.config.epochs is None for member in found.members)
     assert found.members[3].overrides == ("optimizer.lr=5e-4", "seed=0")
-    assert found.notes == ["--sweep lr: optimizer.lr"]
+    assert found.notes == ["--sweep lr: taken as optimizer.lr"]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_values_reach_the_configuration():
 def test_which_key_is_meant(option: str, key: str):
     found = sweep(option)
     assert list(found.values) == [key]
-    assert [note.endswith(f": {key}") for note in found.notes] == [True] * (
+    assert [note.endswith(f": taken as {key}") for note in found.notes] == [True] * (
         option.partition("=")[0] not in (key, "data")
     )
 
@@ -107,6 +107,8 @@ def test_which_key_is_meant(option: str, key: str):
         (["momentum=0.9,0.8"], "momentum may be optimizer.momentum or method.momentum"),
         (["sed=1,2"], "no recipe has a key 'sed'; did you mean seed?"),
         (["optimizer.lrr=1,2"], "did you mean optimizer.lr?"),
+        (["weight_decy=1,2"], "did you mean weight_decay?"),
+        (["teacher_temp=1,2"], "no recipe has a key 'teacher_temp'; options that the recipe does not give"),
         (["nodes=1,2"], "nodes is a key of the cluster"),
         (["lr=1,2", "optimizer.lr=3,4"], "optimizer.lr is given twice"),
         (["seed=1,1"], "seed=1 and seed=1 are the same run"),
