@@ -89,11 +89,10 @@ class Task:
                 code, job=self._job, restart=restart, task=self._task, outcome=outcome, seen=seen,
                 events=history.read(self._run), policy=self._policy(), step=requeue.newest_step(self._run), now=time.time(),
             )  # fmt: skip
-            self._say(f"(restart {restart}) {requeue.explain(decision, self._policy())}")
-            try:
-                requeue.record(self._run, decision, job=self._job, restart=restart, task=self._task)
-            except OSError as error:
-                self._say(f"{history.FILE} cannot be written: {error.strerror or error}")
+            decision, what = requeue.settle(
+                self._run, decision, job=self._job, restart=restart, task=self._task, policy=self._policy()
+            )
+            self._say(what)
             if not decision.requeue:
                 return decision
             end = time.monotonic() + decision.delay_s

@@ -1,6 +1,6 @@
 """What follows the tasks of a job: whether it is started again, when, and asking Slurm for it. The last lines of its script.
 
-Of the standard library alone, and run by its path: the host may have no more than some Python 3 (3.8 or later), and the
+Of the standard library alone, and run by its path: the host may have no more than some Python 3 (3.6 or later), and the
 container of the training no scontrol. `decide` is pure; without Slurm the local supervisor goes by it as well.
 """
 
@@ -26,8 +26,14 @@ _TOLD = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 _DIED_TOLD = {int(number) + base for number in _TOLD for base in (0, 128)}
 """Codes of tasks that were told to end before they could listen."""
 _ASKS = ("cancel", "cancel refused")
+_GOES_ON = ("RUNNING", "SUSPENDED", "CONFIGURING", "RESIZING", "SIGNALING", "STOPPED")
+"""What Slurm says of a job that nothing has ended."""
 _MARGIN_S = 90
 """Slurm may send the signal of the time limit a minute early."""
+_OUTAGE_S = 900.0
+"""How long Slurm may not answer. Meanwhile nobody else could have the nodes."""
+_REFUSALS = 10
+"""So many times, a second apart, Slurm is asked."""
 
 Policy = collections.namedtuple("Policy", "timeouts crashes delay_s max_delay_s signal_before_s")
 """As `RequeuePolicy` of a cluster, and its `signal_before_s`; timeouts: None is as often as it takes."""
@@ -65,23 +71,28 @@ def decide(code, *, job, restart, task, outcome, seen, events, policy, step, now
         return stay("already requeued")
     if _cancelled(events, job, restart):
         return stay("cancelled")
-    over = seen.get("JobState", "RUNNING") != "RUNNING"
-    if over and seen.get("Reason") != "TimeLimit":
+    over = seen.get("JobState", "RUNNING") not in _GOES_ON
+    at_limit, preempted = over and seen.get("Reason") == "TimeLimit", _preempted(seen)
+    if over and not at_limit and not preempted:
         return stay("cancelled")
 
     told = code == STOPPED or code in _DIED_TOLD
-    if not over and told and _preempted(seen):
+    if preempted and not at_limit and (over or told):  # over: by PreemptMode=CANCEL, at the end of the grace time
         return go("preempted")
-    if over or (told and _near_the_limit(seen, policy, now)):
+    progressed = _progressed(events, job, restart, task, step)
+    crashes = _crashes_before(events, job, task, step) + 1
+    if at_limit or (told and _near_the_limit(seen, policy, now)):
         before = [e for e in events if _is_requeue(e, job, task) and e.get("reason") == "time limit"]
         if policy.timeouts is not None and len(before) >= policy.timeouts:
             return stay("time limits used up")
-        return go("time limit")
-    if code == STOPPED and _progressed(events, job, restart, task, step):
+        if progressed:
+            return go("time limit")
+        # an evaluation, which always begins anew, or a training that takes too long to start, would do so for ever
+        return go("time limit", crashes=crashes) if crashes <= policy.crashes else stay("no progress", crashes)
+    if code == STOPPED and progressed:
         return go("stopped")
 
     # a crash; or a stop before the first step, as ranks do that wait for one that crashed: for ever, if it always does
-    crashes = _crashes_before(events, job, task, step) + 1
     if crashes > policy.crashes:
         return stay("crashes used up", crashes)
     delay_s = min(policy.delay_s * 2.0 ** min(crashes - 1, 60), policy.max_delay_s)
@@ -97,11 +108,19 @@ def _is_requeue(event, job, task):
 
 
 def _cancelled(events, job, restart):
-    """Whether `selfsup cancel` was asked for since the previous incarnation ended: one that was brought back goes on."""
-    ours = [e for e in events if e.get("job") in (job, job.split("_")[0])]
-    since = [_number(e.get("time")) for e in ours if e["event"] not in _ASKS and _number(e.get("restart")) < restart]
-    asks = [e["event"] for e in ours if e["event"] in _ASKS and _number(e.get("time")) >= max(since, default=0)]
-    return asks[-1:] == ["cancel"]
+    """Whether `selfsup cancel` was asked for since the previous incarnation ended: one that was brought back goes on.
+
+    By the order of the lines: they are written on several hosts, whose clocks may differ.
+    """
+    asked = False
+    for e in events:
+        if e.get("job") not in (job, job.split("_")[0]):
+            continue
+        if e["event"] in _ASKS:
+            asked = e["event"] == "cancel"
+        elif _number(e.get("restart")) < restart:
+            asked = False
+    return asked
 
 
 def _preempted(seen):
@@ -170,67 +189,90 @@ def record(run, decision, *, job, restart, task):
         history.append(run, "stop", job=job, restart=restart, task=task, reason=decision.reason, code=decision.code)
 
 
+def settle(run, decision, *, job, restart, task, policy):
+    """Write the decision down; (what is to be carried out, what to say).
+
+    Where nothing can be written, crashes cannot be counted: then it is so many starts, for whatever reason.
+    """
+    trouble = ""
+    try:
+        record(run, decision, job=job, restart=restart, task=task)
+    except OSError as error:
+        trouble = f" ({history.FILE} cannot be written: {error.strerror or error})"
+        if decision.requeue and decision.crashes and restart >= policy.crashes:
+            decision = decision._replace(requeue=False, reason="crashes used up", delay_s=0.0)
+    return decision, f"(restart {restart}) {explain(decision, policy)}{trouble}"
+
+
 # ---------------------------------------------------------------------------------------------------------------- Slurm
 
 
-def scontrol(*words, timeout=30.0):
-    """(exit status, what it said); 127 if there is none, -1 if it does not answer."""
+def call(*words, timeout=30.0):
+    """A program of Slurm: (exit status, what it said); 127 if there is none, -1 if it does not answer."""
     try:
         done = subprocess.run(
-            ["scontrol", *words],
+            words,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            env=dict(os.environ, SLURM_TIME_FORMAT="standard"),
             timeout=timeout,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return -1, "scontrol does not answer"
+        return -1, f"{words[0]} does not answer"
     except OSError as error:
-        return 127, f"scontrol cannot be run: {error.strerror or error}"
+        return 127, f"{words[0]} cannot be run: {error.strerror or error}"
     return done.returncode, " ".join(done.stdout.decode(errors="replace").split())
 
 
-def show(name, tries=3):
-    """JobState, Reason, Restarts, PreemptTime, StartTime and EndTime as Slurm says them; None if it does not."""
-    for attempt in range(tries):
-        if attempt:
-            time.sleep(1)
-        status, said = scontrol("show", "job", name)
+def show(name, patience_s=_OUTAGE_S):
+    """JobState, Reason, Restarts, PreemptTime, StartTime and EndTime as Slurm says them, once it answers.
+
+    None if it does not within that time, knows no such job, or is not there.
+    """
+    end = time.monotonic() + patience_s
+    told = False
+    while True:
+        status, said = call("scontrol", "show", "job", name)
         if status == 0:
             found = re.findall(r"\b(JobState|Reason|Restarts|PreemptTime|StartTime|EndTime)=(\S*)", said)
             return dict(reversed(found))  # of several records the first
-        if status == 127:
-            break
-    return None
+        over = status == 127 or "Invalid job id" in said or time.monotonic() > end
+        if over or not told:
+            say(said if over else f"Slurm does not answer; asking again for {patience_s / 60:g} minutes: {said}")
+            told = True
+        if over:
+            return None
+        time.sleep(1)
 
 
-def ask(name, restart, patience_s=10.0):
-    """`scontrol requeue`, again if it was killed with the job's other processes; "" or what Slurm said against it."""
-    end = time.monotonic() + patience_s
-    while True:
-        status, said = scontrol("requeue", name)
-        if status == 0 or "pending execution" in said:
-            return ""
-        if status > 0 and not _passing(said):
-            return said
-        seen = show(name, tries=1) or {}
+def ask(name, restart):
+    """`scontrol requeue`; "" or what was said against it.
+
+    Again if scontrol was killed with the job's other processes, or Slurm is down: its words do not tell that from a refusal.
+    Never for a later start of the job, as a node that was cut off from Slurm might.
+    """
+    said = "scontrol was killed"
+    for _ in range(_REFUSALS):
+        seen = show(name)
+        if seen is None:
+            return "Slurm cannot be asked"
         if _number(seen.get("Restarts")) > restart:
             return ""
-        if time.monotonic() > end:
-            return said or "scontrol was killed"
-        time.sleep(0.5)
-
-
-def _passing(said):
-    return any(words in said for words in ("Unable to contact", "Connection refused", "timed out", "Zero Bytes"))
+        status, answer = call("scontrol", "requeue", name)
+        if status == 0 or "pending execution" in answer:
+            return ""
+        said = answer or said
+        time.sleep(1)
+    return said
 
 
 def delay(name, seconds, patience_s=8.0):
     """Have it start no earlier than in so many seconds; whether Slurm took that."""
     end = time.monotonic() + patience_s
     while time.monotonic() < end:
-        if scontrol("update", f"JobId={name}", f"StartTime=now+{round(seconds)}")[0] == 0:
+        if call("scontrol", "update", f"JobId={name}", f"StartTime=now+{round(seconds)}")[0] == 0:
             return True
         time.sleep(0.5)
     return False
@@ -272,27 +314,35 @@ def main(argv):
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ.get('SLURM_ARRAY_TASK_ID')}"
     restart = _number(os.environ.get("SLURM_RESTART_COUNT"))
     if not job:
-        print("selfsup: not a job of Slurm: there is no SLURM_JOB_ID; nothing is requeued", flush=True)
+        say("not a job of Slurm: there is no SLURM_JOB_ID; nothing is requeued")
         return options.code
     try:
         run = own_run(options.folder)
     except (OSError, ValueError, LookupError, TypeError) as error:
-        print(f"selfsup: {options.folder}: cannot tell the run of job {job}: {error}; not requeued", flush=True)
+        say(f"{options.folder}: cannot tell the run of job {job}: {error}; not requeued")
         return options.code
     policy = Policy(options.timeouts, options.crashes, options.delay, options.max_delay, options.signal_before)
-    decision = decide(
-        options.code, job=job, restart=restart, task=options.task, outcome=read_outcome(run), seen=show(job),
-        events=history.read(run), policy=policy, step=newest_step(run), now=time.time(),
-    )  # fmt: skip
-    told = f"selfsup: job {job} (restart {restart}) {explain(decision, policy)}"
-    try:
-        record(run, decision, job=job, restart=restart, task=options.task)
-    except OSError as error:
-        told += f" ({history.FILE} cannot be written: {error.strerror or error})"
-    print(told, flush=True)
+
+    def decided(seen):
+        return decide(
+            options.code, job=job, restart=restart, task=options.task, outcome=read_outcome(run), seen=seen,
+            events=history.read(run), policy=policy, step=newest_step(run), now=time.time(),
+        )  # fmt: skip
+
+    decision = decided(None)
+    if decision.requeue or decision.crashes:  # else Slurm, which may be down, has nothing to add
+        decision = decided(show(job))
+    decision, told = settle(run, decision, job=job, restart=restart, task=options.task, policy=policy)
+    say(f"job {job} {told}")
     if decision.requeue:
         _carry_out(run, decision, job, restart, options.task)
     return decision.code
+
+
+def say(text):
+    """One line, in the job's log; on a full disk none. Not through `sys.stdout`: that would fail again at the end."""
+    with contextlib.suppress(OSError):
+        os.write(1, f"selfsup: {text}\n".encode())
 
 
 def explain(decision, policy):
@@ -308,15 +358,17 @@ def explain(decision, policy):
 
 
 def _carry_out(run, decision, job, restart, task):
-    refusal = ask(job, restart)
+    reason, refusal = "not requeued", ask(job, restart)
     if not refusal:
-        if decision.delay_s >= 1 and not delay(job, decision.delay_s):
-            print(f"selfsup: Slurm takes no later start of job {job}: it may start at once", flush=True)
-        return
-    print(f"selfsup: job {job} is not requeued: {refusal}", flush=True)
-    print(f"Go on with: selfsup submit ... --out {run} --resume", flush=True)
+        if not _cancelled(history.read(run), job, restart):
+            if decision.delay_s >= 1 and not delay(job, decision.delay_s):
+                say(f"Slurm takes no later start of job {job}: it may start at once")
+            return
+        reason, refusal = "cancelled", "it was cancelled meanwhile"  # and the requeue may have brought it back
+        call("scancel", job)
+    say(f"job {job} is not requeued: {refusal}\nGo on with: selfsup submit ... --out {run} --resume")
     with contextlib.suppress(OSError):
-        history.append(run, "stop", job=job, restart=restart, task=task, reason="not requeued", code=decision.code)
+        history.append(run, "stop", job=job, restart=restart, task=task, reason=reason, code=decision.code)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ def decided(code: int, **given: Any) -> Decision:
         (143, {"seen": {**ENDING, "PreemptTime": "None"}}, "cancelled"),
         (75, {"events": [event("start", step=10), event("cancel", time=NOW - 5)]}, "cancelled"),
         (75, {"seen": None, "events": [event("cancel")]}, "cancelled"),
+        (75, {"seen": {**ENDING, "PreemptTime": at(-7200)}}, "cancelled"),
     ],
 )
 def test_not_requeued(code: int, given: dict[str, Any], expected: str):
@@ -91,6 +92,9 @@ def test_not_requeued(code: int, given: dict[str, Any], expected: str):
         (75, {"seen": {**RUNNING, "PreemptTime": at(-20)}}, "preempted"),
         (143, {"seen": {**RUNNING, "PreemptTime": at(-20)}}, "preempted"),
         (12, {"seen": {**RUNNING, "PreemptTime": at(-20)}}, "preempted"),
+        (75, {"seen": {**ENDING, "PreemptTime": at(-20)}}, "preempted"),
+        (137, {"seen": {**ENDING, "PreemptTime": at(-20)}}, "preempted"),
+        (75, {"seen": {**RUNNING, "JobState": "SIGNALING"}}, "stopped"),
         (75, {"seen": {**RUNNING, "PreemptTime": at(-7200)}}, "stopped"),
         (75, {"seen": {**RUNNING, "EndTime": at(380)}}, "time limit"),
         (140, {"seen": {**RUNNING, "EndTime": at(380)}}, "time limit"),
@@ -166,6 +170,19 @@ def test_time_limits_are_counted_if_bounded():
     assert decided(75, seen=near, events=events, policy=bounded, job="13").requeue
 
 
+@pytest.mark.parametrize("seen", [{**RUNNING, "EndTime": at(100)}, {**ENDING, "Reason": "TimeLimit"}])
+@pytest.mark.parametrize("task", ["train", "knn"])
+def test_time_limits_without_progress_are_bounded(seen: dict[str, str], task: str):
+    """Even if they are not counted: an evaluation whose time is too short would come back for ever."""
+    events = [event("start", step=40, task=task)]
+    for number in range(1, 4):
+        assert decided(143, seen=seen, events=events, task=task) == Decision(True, "time limit", 0.0, number, 143)
+        events.append(event("requeue", reason="time limit", step=40, crashes=number, task=task))
+    assert decided(143, seen=seen, events=events, task=task) == Decision(False, "no progress", 0.0, 4, 143)
+    if task == "train":
+        assert decided(143, seen=seen, events=events, step=41).requeue
+
+
 def test_a_cancelled_job_that_somebody_brings_back():
     """`scontrol requeue` of a cancelled job: the new start is not cancelled, until it is asked for again."""
     before = [event("start", step=0, time=1), event("cancel", time=2), event("stop", reason="cancelled", time=3)]
@@ -173,6 +190,9 @@ def test_a_cancelled_job_that_somebody_brings_back():
     again = [*before, event("start", restart=1, step=10, time=4)]
     assert decided(75, events=again, restart=1).reason == "stopped"
     assert decided(75, events=[*again, event("cancel", time=5)], restart=1).reason == "cancelled"
+    assert decided(75, events=[*again, event("cancel", time=3)], restart=1).reason == "cancelled", (
+        "a clock that is late"
+    )
 
 
 def test_a_sweep_that_is_cancelled():
@@ -195,9 +215,9 @@ def test_nothing_makes_it_fail():
 
 
 def test_any_python_on_the_host():
-    """Syntax of 3.8, and the standard library alone."""
+    """Syntax of 3.6, and the standard library alone."""
     for path in (FILE, FILE.with_name("history.py")):
-        tree = ast.parse(path.read_text(), feature_version=(3, 8))
+        tree = ast.parse(path.read_text(), feature_version=(3, 6))
         names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         assert names <= set(sys.stdlib_module_names) | {"history"}
 
@@ -235,6 +255,23 @@ def test_what_is_done_needs_no_slurm(tmp_path: Path):
     done = program(tmp_path, "--code=0", env={"PATH": "/nowhere", "SLURM_JOB_ID": "12"})
     assert (done.returncode, done.stdout) == (0, "selfsup: job 12 (restart 0) ended with code 0: done\n")
     assert history.read(tmp_path) == []
+
+
+def test_a_full_disk(tmp_path: Path):
+    """The log is on it too: the decision is carried out, and its code stays. But crashes that cannot be counted are few."""
+    (tmp_path / "job").mkdir()
+    (tmp_path / history.FILE).mkdir()  # so that no line goes there
+    for restart, asked in (("", True), ("2", True), ("3", False)):
+        env = {"PATH": "/nowhere", "SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": restart}
+        done = program(tmp_path, "--code=1", env=env)
+        assert done.returncode == 1 and not done.stderr and "cannot be written" in done.stdout
+        assert ("starts again" in done.stdout) == asked == ("not requeued: " in done.stdout)
+        assert ("crashes used up" in done.stdout) != asked
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(FILE), str(tmp_path / "other"), "--task=train", "--code=75"]
+        ended = subprocess.run(command, env=env, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (75, "")
+    assert [e["event"] for e in history.read(tmp_path / "other")] == ["requeue", "stop"], "Slurm was asked"
 
 
 # -------------------------------------------------------------------------------------------------- on a real Slurm
@@ -280,7 +317,8 @@ def test_the_pause_after_a_crash(slurm: Slurm, tmp_path: Path):
     slurm.poll(later, 30, lambda: f"not in 400 s: {slurm.job(job)}")
 
 
-def test_cancelled(slurm: Slurm, tmp_path: Path):
+def test_cancelled(slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also between the decision and the requeue, which brings the job back."""
     job = slurm.submit(f"--output={tmp_path}/out", script=script(f"echo up; {SLEEP}", tmp_path))
     slurm.poll(lambda: (tmp_path / "out").exists() and (tmp_path / "out").read_text(), 60, "it does not start")
     slurm.command("scancel", "--full", job)
@@ -288,31 +326,42 @@ def test_cancelled(slurm: Slurm, tmp_path: Path):
     assert slurm.job(job)["JobState"] in ("CANCELLED", "COMPLETING") and slurm.job(job)["Restarts"] == "0"
     assert [(e["event"], e["reason"], e["code"]) for e in history.read(tmp_path)] == [("stop", "cancelled", 75)]
 
+    monkeypatch.setenv("SLURM_CONF", str(slurm.conf))
+    slurm.wait(job, "CANCELLED")
+    history.append(tmp_path, "cancel", job=job, restart=0, task="train")
+    requeue._carry_out(tmp_path, Decision(True, "preempted", 0.0, 0, 75), job, 0, "train")
+    assert slurm.wait(job, "CANCELLED")["Restarts"] == "1"
+    assert history.read(tmp_path)[-1]["reason"] == "cancelled"
 
-def test_preempted_then_stopped(slurm: Slurm, tmp_path: Path):
-    """The time of an earlier preemption, should Slurm still show it, does not make a preemption of the next stop."""
-    slurm.reconfigure(user_signal=False)
-    tasks = "srun --nodes=2 --ntasks=2 sh -c 'trap \"exit 75\" TERM; echo up; sleep 600 & wait'; code=$?"
-    job = slurm.submit(
-        "--nodes=2",
-        "--requeue",
-        f"--output={tmp_path}/out",
-        "--open-mode=append",
-        script=script(tasks, tmp_path, "--delay=0"),
-    )
 
-    def up(times: int) -> None:
-        slurm.poll(
-            lambda: (tmp_path / "out").exists() and (tmp_path / "out").read_text().count("up\n") == 2 * times,
-            90,
-            "not up",
-        )
+def test_preempted_then_stopped_while_slurm_is_down(slurm: Slurm, tmp_path: Path):
+    """Where Slurm itself would not requeue, and gives no time of grace.
 
-    up(1)
+    The time of an earlier preemption, should Slurm still show it, does not make a preemption of the next stop; that is
+    decided while Slurm is down.
+    """
+    slurm.reconfigure(user_signal=False, PreemptMode="CANCEL", GraceTime=0)
+    down = tmp_path / "down"
+    tasks = f"""if [ "$SLURM_RESTART_COUNT" = 1 ]; then
+        until [ -e {down} ]; do echo up; sleep 0.5; done; code=75  # srun itself would wait for Slurm
+    else
+        srun -N2 -n2 sh -c 'trap "exit 75" TERM; echo up; sleep 600 & wait'; code=$?
+    fi"""
+    out = tmp_path / "out"
+    slurm.submit("--nodes=2", f"--output={out}", "--open-mode=append", script=script(tasks, tmp_path, "--delay=0"))
+
+    def printed(text: str, times: int = 1) -> None:
+        slurm.poll(lambda: out.exists() and out.read_text().count(text) >= times, 90, f"does not print {text}")
+
+    printed("up\n", 2)
     high = slurm.preempt()
     slurm.wait(high, "RUNNING", timeout=90)
     slurm.cancel(high)
-    up(2)
-    slurm.command("scancel", "--signal=TERM", job)
-    up(3)
+    printed("up\n", 3)
+    slurm.stop_slurmctld()
+    down.touch()
+    printed("Slurm does not answer")
+    already = out.read_text().count("up\n")
+    slurm.start_slurmctld()
+    printed("up\n", already + 2)
     assert [e["reason"] for e in history.read(tmp_path)] == ["preempted", "stopped"]

@@ -142,7 +142,15 @@ class Slurm:
 
     def _restart_slurmctld(self, timeout: float) -> None:
         self._write()
+        self.stop_slurmctld()
+        self.start_slurmctld(timeout)
+
+    def stop_slurmctld(self) -> None:
+        """Nothing is scheduled and nobody gets an answer; what runs goes on."""
         self._end("slurmctld")
+
+    def start_slurmctld(self, timeout: float = 30) -> None:
+        """Start it again, with the jobs that it had, and wait until it answers."""
         self._run_daemon("slurmctld")
         self.poll(lambda: self.try_command("scontrol", "ping")[0] == 0, timeout, "slurmctld does not answer")
         self.command("scontrol", "reconfigure")

@@ -48,14 +48,14 @@ def slurm_conf(
         "SlurmctldParameters": "preempt_send_user_signal" if user_signal else None,
         "GresTypes": "gpu",
     }
-    grace = settings.pop("GraceTime", 30)  # a partition's
+    grace, mode = settings.pop("GraceTime", 30), settings.pop("PreemptMode", "REQUEUE")  # a partition's
     lines |= settings
     text = [f"{key}={value}" for key, value in lines.items() if value is not None]
     for node, port in zip(nodes, others):
         text.append(
             f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=8 RealMemory=8000 Gres=gpu:2"
         )
-    text.append(f"PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace}")
+    text.append(f"PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode={mode} GraceTime={grace}")
     text.append("PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF")
     return "\n".join(text) + "\n"
 
