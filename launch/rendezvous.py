@@ -203,9 +203,10 @@ def _find(place: Place, numbers: list[int], wait: _Wait) -> int:
 def _knock(place: Place, number: int) -> int | str:
     """The port of the store, if the door of this incarnation is here; else what was found."""
     end = time.monotonic() + _ANSWER_S
-    said = b""
+    said, connected = b"", False
     try:
         with socket.create_connection((place.main_host, number), timeout=_ANSWER_S) as connection:
+            connected = True
             while b"\n" not in said and len(said) < 400:
                 connection.settimeout(max(0.01, end - time.monotonic()))
                 part = connection.recv(400)
@@ -213,11 +214,9 @@ def _knock(place: Place, number: int) -> int | str:
                     break
                 said += part
     except OSError as error:
-        return (
-            "another program listens"
-            if isinstance(error, TimeoutError) and error.errno is None
-            else str(error.strerror)
-        )
+        if connected and isinstance(error, TimeoutError):
+            return "another program listens"
+        return error.strerror or "no answer, as from behind a firewall"
     start = _greeting(place, None)
     rest = said[len(start) :].strip()
     if said.startswith(start) and rest.isdigit() and int(rest) < 1 << 16:

@@ -188,6 +188,15 @@ def test_rank_0_that_never_comes_is_named(ranks: Ranks, key: str):
     assert str(candidates(key)[3]) in line and "another program listens" in line and "refused" in line
 
 
+def test_ports_that_do_not_answer(ranks: Ranks, key: str):
+    """As behind a firewall: this one's queue is full, so that the kernel drops who else comes."""
+    port = candidates(key)[0]
+    with socket.create_server(("127.0.0.1", port), backlog=0), socket.create_connection(("127.0.0.1", port)):
+        ranks.start(1, 2, key=key, timeout_s=2, ports=f"{port}-{port}")
+        (line,) = ranks.said()
+    assert f"rank 0 on 127.0.0.1 was not reached on ports {port} (no answer" in line
+
+
 def test_a_host_without_an_address(ranks: Ranks, key: str):
     ranks.start(1, 2, key=key, timeout_s=2, hosts=["nowhere.invalid"] * 2)
     (line,) = ranks.said()
