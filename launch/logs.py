@@ -30,7 +30,7 @@ def show(run: Path, *, rank: int | None, follow: bool) -> None:
     rank = rank or 0
     if rank >= submitted.cluster.world_size:
         raise UserError(f"--rank {rank}: {run} has {submitted.cluster.world_size} rank(s), counted from 0")
-    log = _file(run, submitted, str(rank))
+    log = _file(run, submitted, rank)
     out = _Output()
     with contextlib.suppress(BrokenPipeError):  # as `| head` does: enough was read
         if follow:
@@ -61,11 +61,9 @@ def _submitted(run: Path) -> Submission:
     return found
 
 
-def _file(run: Path, submitted: Submission, rank: str) -> Path | None:
-    """Where a rank's log is, or will be; rank "": that of the script itself. None as long as the job has no number."""
-    if submitted.job is None:
-        return None
-    return run / submitted.logs / "_".join(part for part in (submitted.job, rank, "log.out") if part)
+def _file(run: Path, submitted: Submission, rank: int | None) -> Path | None:
+    """Where a rank's log is, or will be; None: that of the script itself. None as long as the job has no number."""
+    return submission.log(run, submitted, submitted.job, rank) if submitted.job is not None else None
 
 
 def _nothing(run: Path, log: Path | None) -> str:
@@ -89,7 +87,7 @@ def _follow(run: Path, rank: int, out: "_Output") -> None:
             at = 0  # made anew
         if time.monotonic() >= ask:
             if log is None:  # sbatch may have answered meanwhile
-                log = _file(run, _submitted(run), str(rank))
+                log = _file(run, _submitted(run), rank)
             over = status.describe([run])[0].over  # what was written before it was is printed in the next round
             ask = time.monotonic() + _ASK_S
             if not over and not told and not _size(log):
@@ -119,7 +117,7 @@ def _size(path: Path | None) -> int:
 
 def _show_script(run: Path, submitted: Submission, out: "_Output") -> None:
     """The last lines of what the script and srun said, where Slurm tells why a job ended."""
-    log = _file(run, submitted, "")
+    log = _file(run, submitted, None)
     lines = figures.tail(log, _BLOCK).splitlines(keepends=True)[-_SCRIPT_LINES:] if log is not None else []
     if log is not None and lines:
         out.write(f"--- the job's script, {log}:\n".encode())

@@ -91,13 +91,14 @@ def make(
         values, notes = found.values, found.notes
         members = [Member(*each) for each in found.members]
     members = [_checked(member, where, check) for member in members]
-    if where.kind == "slurm":
-        notes += _missing(member.config for member in members)
     if out is None and resume:
         raise UserError("--resume needs --out RUN: the folder of the run to go on with")
     out = out or default_folder(recipe)
     if ".." in out.parts:
         out = out.resolve()  # jobs must find it even when the folder that it is relative to is gone
+    following = evaluations(then, tasks, check_evaluation)
+    if where.kind == "slurm":
+        notes += _missing((member.config for member in members), following)
     plan = Plan(
         recipe,
         tuple(overrides),
@@ -106,7 +107,7 @@ def make(
         out,
         tuple(members),
         values,
-        tuple(evaluations(then, tasks, check_evaluation)),
+        tuple(following),
         tuple(notes),
     )
     if where.kind == "slurm":
@@ -169,21 +170,22 @@ def _checked(member: Member, cluster: Cluster, check: Check) -> Member:
         sys.path[:] = before
 
 
-def _missing(configs: Iterable[Config]) -> list[str]:
+def _missing(configs: Iterable[Config], then: Iterable[Then]) -> list[str]:
     """Data that is not on this machine: nodes may have other disks, so that is only said."""
-    found: dict[str, None] = {}
+    named: list[tuple[str, str | None]] = []
     for config in configs:
         data, evaluation = config.data, config.eval
-        named = {
-            "data.path": data.path,
-            "data.val": data.val,
-            "eval.train": evaluation.train,
-            "eval.val": evaluation.val,
-        }
-        for key, value in named.items():
-            if value not in (None, "demo") and ":" not in value.split("/")[0] and not os.path.exists(value):
-                found[f"{key}={value}: not on this machine; the jobs must find it, from {os.getcwd()}"] = None
-    return list(found)
+        named += [("data.path", data.path), ("data.val", data.val)]
+        named += [("eval.train", evaluation.train), ("eval.val", evaluation.val)]
+    for each in then:
+        for key, _, value in (word.partition("=") for word in each.overrides):
+            if key in ("data", "data.path", "data.val", "eval.train", "eval.val"):
+                named.append((f"{each.task} {key}", value))
+    found = []
+    for key, value in named:
+        if value and value != "demo" and ":" not in value.split("/")[0] and not os.path.exists(value):
+            found.append(f"{key}={value}: not on this machine; the jobs must find it, from {os.getcwd()}")
+    return list(dict.fromkeys(found))
 
 
 def check_free(plan: Plan, resume: bool) -> list[str]:

@@ -1,7 +1,5 @@
 """The sbatch script of a job, made by submitit, and its submission: what `text()` shows is what `launch()` submits."""
 
-import contextlib
-import io
 import os
 import re
 import shlex
@@ -103,8 +101,7 @@ class Sbatch(SlurmExecutor):
             raise UserError("sbatch is not found: submit where Slurm is (or load its module); --dry-run needs none")
         Path(self.folder).mkdir(parents=True, exist_ok=True)
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what is in its error as well
-                return str(self._submit_command(self._submitit_command_str).job_id)
+            return str(self._submit_command(self._submitit_command_str).job_id)
         except (FailedJobError, FailedSubmissionError) as error:
             said = re.findall(r"^sbatch: (?:error: )?(.*)$", str(error), re.M) or [str(error).strip().splitlines()[-1]]
             raise UserError(f"sbatch refuses the job: {'; '.join(said)}") from None

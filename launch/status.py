@@ -208,13 +208,17 @@ class _Seen:
             if info.state in slurm.WAITING:
                 text = f"waits: {info.reason}" if info.reason else "waits"
             elif info.state in slurm.FAILED or (not info.state and code):
-                text = "failed"
+                text = f"failed; its log: {self._log(job)}"
             elif info.state == "CANCELLED":
                 text = "cancelled"
             else:
                 continue
             told.add(job)
             yield f"{task} (job {job}) {text}"
+
+    def _log(self, job: str) -> Path:
+        assert self.submitted is not None
+        return submission.log(self.run, self.submitted, job)
 
 
 def _read(run: Path) -> Submission | None:
@@ -268,7 +272,8 @@ def _notes(statuses: Sequence[RunStatus]) -> list[str]:
     about: dict[str, list[tuple[str, str]]] = {}
     for status in statuses:
         for remark in status.remarks:
-            about.setdefault(re.sub(r"(\(job \d+)_\d+", r"\1", remark), []).append((status.run, remark))
+            common = re.sub(r"\(job (\d+)_\d+\) ([^;]*).*", r"(job \1) \2", remark)
+            about.setdefault(common, []).append((status.run, remark))
     notes = []
     for common, ((run, remark), *others) in about.items():
         more = f" and {len(others)} more" if others else ""

@@ -67,6 +67,11 @@ def path(run: Path) -> Path:
     return run / FILE
 
 
+def log(run: Path, told: Submission, job: str, rank: int | None = 0) -> Path:
+    """What a rank of this job prints; None: what its script does."""
+    return run / told.logs / ("_".join([job, *([] if rank is None else [str(rank)]), "log.out"]))
+
+
 def read(run: Path) -> Submission | None:
     """None for a run that was never submitted. Raises UserError for a file that nobody of ours wrote."""
     file = path(run)

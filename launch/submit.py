@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import fcntl
 import importlib.metadata
+import io
 import os
 import secrets
 import shlex
@@ -117,7 +118,7 @@ def _submit(plan: Plan, resume: bool) -> None:
             check_free(plan, resume)  # again: somebody may have been quicker
             told = _write(plan, undo)
             if plan.cluster.kind == "slurm":
-                job = training(plan).launch(plan.count)
+                job = _hand_over(training(plan), plan.count)
                 _taken(plan, undo)
                 _report(plan, job)
                 told = told.model_copy(update={"job": job})
@@ -149,6 +150,12 @@ def _taken(plan: Plan, undo: contextlib.ExitStack) -> None:
     shutil.rmtree(_aside(plan), ignore_errors=True)
 
 
+def _hand_over(job: Sbatch, count: int | None) -> str:
+    """Its number. Slurm's words, if it refuses, are in the error, and submitit would print them as well."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        return job.launch(count)
+
+
 def _launch_dependents(plan: Plan, told: Submission, job: str) -> None:
     numbers = [job]
     for at, each in enumerate(plan.then):
@@ -165,7 +172,7 @@ def _launch_dependents(plan: Plan, told: Submission, job: str) -> None:
 
 def _launch(job: Sbatch, count: int | None, what: str) -> str | None:
     try:
-        number = job.launch(count)
+        number = _hand_over(job, count)
     except UserError as error:
         _say(f"{what} will not follow, and the training goes on without it: {error}")
         return None

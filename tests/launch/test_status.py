@@ -151,8 +151,10 @@ def test_evaluations_that_failed_are_told(here: Slurm, tmp_path: Path):
     here.wait(bad, "FAILED")
     here.wait(good, "COMPLETED")
     found = one(run)
-    assert found.state == "completed" and found.remarks == (f"knn (job {bad}) failed",)
-    assert status.table([found]).splitlines()[-1] == f"{run}: knn (job {bad}) failed"
+    assert found.state == "completed" and found.remarks == (
+        f"knn (job {bad}) failed; its log: {run}/logs/{bad}_0_log.out",
+    )
+    assert status.table([found]).splitlines()[-1] == f"{run}: {found.remarks[0]}"
 
 
 # ------------------------------------------------------------------------------------------- by the folder alone
@@ -261,7 +263,8 @@ def test_supervised_on_this_machine(no_slurm: None, tmp_path: Path):
         assert one(run).state == "running", "its ranks outlive it"
     ended(run, "local-1", 0, restart=1)
     happened(run, "local-1-knn", "start", "end", task="knn", code=1)
-    assert (one(run).state, one(run).remarks) == ("completed", ("knn (job local-1-knn) failed",))
+    log = f"{run}/logs/local-1-knn_0_log.out"
+    assert (one(run).state, one(run).remarks) == ("completed", (f"knn (job local-1-knn) failed; its log: {log}",))
 
 
 def test_evaluations_beside_the_training(here: Slurm, tmp_path: Path):
@@ -275,8 +278,11 @@ def test_evaluations_beside_the_training(here: Slurm, tmp_path: Path):
         (folder / "job.json").write_text(json.dumps({"job": number, "step": step, "task": "knn"}))
     result(run / "eval" / "step_00000030" / "knn.json", None, top1=0.5)
     here.wait(failed, "FAILED")
-    knn = (f"knn of step_00000010 (job {failed}) failed", f"knn of step_00000020 (job {waiting}) waits: JobHeldUser")
-    assert one(run).remarks == ("waits: JobHeldUser", *knn)
+    assert one(run).remarks == (
+        "waits: JobHeldUser",
+        f"knn of step_00000010 (job {failed}) failed; its log: {run}/logs/{failed}_0_log.out",
+        f"knn of step_00000020 (job {waiting}) waits: JobHeldUser",
+    )
     assert one(run).metrics["knn_top1"] == 0.5 and one(run).metrics["knn_step"] == 30
 
 
@@ -482,6 +488,8 @@ def test_remarks_are_told_once():
         "seed=0 and 1 more: knn (job 20) waits: Dependency",
         "seed=1 and 1 more: waits: Priority",
     ]
+    failed = [row(f"s={n}", remarks=(f"knn (job 20_{n}) failed; its log: logs/20_{n}_0_log.out",)) for n in (0, 1)]
+    assert status.table(failed).splitlines()[-1] == "s=0 and 1 more: knn (job 20) failed"
     assert status.table(runs[:1]).splitlines()[-1] == "seed=0: knn (job 20_0) waits: Dependency"
 
 

@@ -180,8 +180,10 @@ def test_default_folder(work: Path, capsys: pytest.CaptureFixture[str]):
 def test_data_that_is_not_on_this_machine(out: Path, work: Path, capsys: pytest.CaptureFixture[str]):
     """Is only mentioned: nodes may have other disks."""
     (work / "da ist's").mkdir()
-    send(out, "data=da ist's", "eval.train=torchvision:CIFAR10:/x", "eval.val=/not/here", dry_run=True)
+    given = ("data=da ist's", "eval.train=torchvision:CIFAR10:/x", "eval.val=/not/here")
+    send(out, *given, then=["knn data=/nor/here", 'linear "data=da ist\'s"'], dry_run=True)
     said = capsys.readouterr().err
+    assert "\nknn data=/nor/here: not on this machine" in said and "linear data" not in said
     assert f"eval.val=/not/here: not on this machine; the jobs must find it, from {work}" in said
     assert "data.path" not in said and "eval.train" not in said
 
