@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from selfsup.errors import UserError
 
 LOCAL_HOST = "127.0.0.1"
+OF_A_RANK = {"RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+OF_A_RANK |= {"SELFSUP_JOB", "SELFSUP_RESTART"}
+"""Variables that `export` sets: a rank that starts another job must not hand them on."""
 
 
 @dataclass(frozen=True)

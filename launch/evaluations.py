@@ -24,9 +24,8 @@ from selfsup.schema import Config
 
 from . import commands, submission
 from .cluster import Cluster
+from .environment import OF_A_RANK
 
-_OF_A_RANK = {"RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-_OF_A_RANK |= {"SELFSUP_JOB", "SELFSUP_RESTART"}
 _PATIENCE_S = 30.0
 
 
@@ -156,7 +155,7 @@ class EvaluationJobs:
     def _start_here(self, folder: Path) -> str:
         """In a session of its own, so that it outlives the training and what ends that."""
         self._logs.mkdir(parents=True, exist_ok=True)
-        own = {k: v for k, v in os.environ.items() if k not in _OF_A_RANK and not k.startswith("TORCHELASTIC_")}
+        own = {k: v for k, v in os.environ.items() if k not in OF_A_RANK and not k.startswith("TORCHELASTIC_")}
         command = f"exec {self._command(folder, self._told.cluster)}"
         with open(self._logs / f"{self._task}_{folder.name}.out", "ab") as log:
             process = subprocess.Popen(

@@ -23,6 +23,7 @@ from selfsup.errors import EarlyStop, RankLost, UserError
 from selfsup.guard.processes import Process
 
 from . import history, submission
+from .environment import OF_A_RANK
 from .local_task import Asked, Task
 from .requeue import CRASH, DONE, STOPPED, USER_ERROR, Decision
 from .submission import Submission
@@ -30,7 +31,6 @@ from .submission import Submission
 FILE = "job/supervisor.json"
 _START_S = 120.0
 _OF_ANOTHER_JOB = ("SLURM_", "SLURMD_", "SUBMITIT_", "TORCHELASTIC_", "PMI_", "PMIX_")
-_OF_A_RANK = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _SAVES = (signal.SIGUSR1, signal.SIGUSR2)
 
@@ -154,7 +154,7 @@ def _environment(code: str) -> dict[str, str]:
     Nor is the snapshot on PYTHONPATH, which the supervisor itself runs from: each command puts it there.
     """
     foreign = {name for name in os.environ if name.startswith(_OF_ANOTHER_JOB) and name != "SLURM_CONF"}
-    env = {name: value for name, value in os.environ.items() if name not in foreign.union(_OF_A_RANK)}
+    env = {name: value for name, value in os.environ.items() if name not in foreign | OF_A_RANK}
     first, _, rest = env.get("PYTHONPATH", "").partition(os.pathsep)
     if first == code:
         env.pop("PYTHONPATH")

@@ -342,7 +342,8 @@ def test_preempted_then_stopped_while_slurm_is_down(slurm: Slurm, tmp_path: Path
     """
     slurm.reconfigure(user_signal=False, PreemptMode="CANCEL", GraceTime=0)
     down = tmp_path / "down"
-    tasks = f"""if [ "$SLURM_RESTART_COUNT" = 1 ]; then
+    tasks = f"""export SLURM_TIME_FORMAT=%A  # as people set it who like to read times
+    if [ "$SLURM_RESTART_COUNT" = 1 ]; then
         until [ -e {down} ]; do echo up; sleep 0.5; done; code=75  # srun itself would wait for Slurm
     else
         srun -N2 -n2 sh -c 'trap "exit 75" TERM; echo up; sleep 600 & wait'; code=$?
