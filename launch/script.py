@@ -128,8 +128,8 @@ def check_folder(folder: Path) -> None:
 
 
 _SURVIVE = (
-    "set +e      # whatever the lines above chose, what follows srun decides about a requeue",
-    "trap : TERM # preemption, limits and scancel end the script as well, which would then decide nothing",
+    "set +e # whatever the lines above chose, what follows srun decides about a requeue",
+    "trap : TERM USR1 USR2 # preemption, limits and scancel may end the script as well, which would then decide nothing",
 )
 
 

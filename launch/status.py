@@ -138,7 +138,8 @@ class _Seen:
         restarts = known.restarts if known is not None and known.restarts is not None else self.story.restart
         remarks = []
         if known is not None and known.state in slurm.WAITING and known.reason:
-            remarks.append(f"waits: {known.reason}" + (f", until {known.start}" if known.reason == "BeginTime" else ""))
+            until = f", until {known.start}" if known.reason == "BeginTime" and known.start else ""
+            remarks.append(f"waits: {known.reason}{until}")
         remarks += self._afterwards(answers, told)
         return RunStatus(
             run=str(self.run),

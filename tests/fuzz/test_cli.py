@@ -1,6 +1,7 @@
 """Whole commands with one thing or another wrong: exit code 0 or 2, two lines on stderr, no traceback, nothing overwritten."""
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -17,9 +18,14 @@ from hypothesis import strategies as st
 
 from selfsup.cli import main
 from selfsup.config import dump, load
+from selfsup.launch.state import STATES
 from tests.fuzz.cases import Edit, check_message, digest, edits, fuzz
 from tests.fuzz.test_checkpoints import FIXTURE, HAPPENED, happen
+from tests.launch.written_runs import ended, forgetful, no_slurm, submitted
+from tests.launch.written_runs import happened as happening
 from tests.methods.tiny import METHOD_OPTIONS, TINY_RUN, write_images
+
+__all__ = ["forgetful", "no_slurm"]
 
 SHORT = ["steps=1", "workers=0", "threads=1", "device=cpu", "precision=fp32", "tensorboard=false", "eval.every=null"]
 
@@ -56,17 +62,18 @@ def folder(place: Path) -> Iterator[Path]:
         shutil.rmtree(outer)
 
 
-def command(arguments: list[str]) -> tuple[int, str]:
-    """(exit code, stderr) of `selfsup ...`, in this process."""
+def command(arguments: list[str]) -> tuple[int, str, str]:
+    """(exit code, stderr, stdout) of `selfsup ...`, in this process."""
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
     argv, out, err = sys.argv, io.BytesIO(), io.BytesIO()
     sys.argv = ["selfsup", *arguments]
     told = io.TextIOWrapper(err, "utf-8", errors="backslashreplace", write_through=True)  # as Python's own
+    shown = io.TextIOWrapper(out, "utf-8", errors="surrogateescape", write_through=True)
     try:
-        with redirect_stdout(io.TextIOWrapper(out, "utf-8", write_through=True)), redirect_stderr(told):
+        with redirect_stdout(shown), redirect_stderr(told):
             main()
     except SystemExit as end:
-        return int(end.code or 0), err.getvalue().decode()
+        return int(end.code or 0), err.getvalue().decode(), out.getvalue().decode(errors="replace")
     finally:
         sys.argv = argv
         for number, handler in handlers.items():
@@ -75,7 +82,7 @@ def command(arguments: list[str]) -> tuple[int, str]:
 
 
 def check(arguments: list[str]) -> int:
-    code, err = command(arguments)
+    code, err, _ = command(arguments)
     assert code in (0, 2), f"exit code {code}\n{err}"
     assert "Traceback" not in err, err
     if code == 2:
@@ -95,7 +102,8 @@ WORDS = ["", "-", "--", "--out", "--help", "-h", "--resume", "--nonsense", "=", 
          "linear",
          "recipes", "/dev/null", "/nonexistent/x", ".", "run/checkpoints", "run/checkpoints/step_00000005",
          "é" * 300]  # fmt: skip
-VERBS = ["train", "eval", "export", "recipes", "status", "replay", "demo", "trian"]
+VERBS = ["train", "eval", "export", "recipes", "status", "replay", "demo", "trian", "submit", "logs", "cancel"]
+LOOK = {verb: ["--print-config"] for verb in ("train", "eval", "demo")} | {"submit": ["--dry-run"]}
 
 
 @fuzz(
@@ -104,7 +112,7 @@ VERBS = ["train", "eval", "export", "recipes", "status", "replay", "demo", "tria
 def test_words(place: Path, verb: str, words: list[str]) -> None:
     with folder(place) as here:
         before = digest(here)
-        check([verb, *words, *(["--print-config"] if verb in ("train", "eval", "demo") else [])])
+        check([verb, *words, *LOOK.get(verb, [])])
         if verb != "export":
             assert digest(here) == before
 
@@ -164,6 +172,34 @@ def test_run_folders(place: Path, happened, verb: str) -> None:
                "eval": ["eval", "knn", "run", "data=demo:val", "max_train=50", "max_val=20", "workers=0", "cache=false",
                         "device=cpu", "--out", "knn.json"]}[verb])  # fmt: skip
         assert kept(before, here)
+
+
+JOBS = {
+    "status": ["status", "run", "--json"],
+    "logs": ["logs", "run"],
+    "cancel": ["cancel", "run"],
+    "submit": ["submit", "run/config.yaml", "--out", "run", "--resume", "--dry-run"],
+}
+
+
+@fuzz(60, happened=st.lists(st.tuples(st.sampled_from(["submission.json", "history.jsonl", "outcome.json"]), edits()),
+                            min_size=1, max_size=2), verb=st.sampled_from([*JOBS]))  # fmt: skip
+def test_what_tells_of_a_job(place: Path, no_slurm: None, happened: list[tuple[str, Edit]], verb: str) -> None:
+    """Damaged, and no Slurm that knows better: the state is still one of six, and JSON is JSON."""
+    with folder(place) as here:
+        run = happening(ended(submitted(here / "run", "12"), "12", 75), "12", "start", "end", "requeue", code=75)
+        for name, edit in happened:
+            file = run / "job" / name
+            file.write_bytes(edit(file.read_bytes()))
+        before = digest(here)
+        code, err, out = command(JOBS[verb])
+        assert code in (0, 2) and "Traceback" not in err, err
+        if code == 2:
+            check_message(err[err.index("selfsup: ") :])
+        if verb == "status":
+            (told,) = json.loads(out, parse_constant=int)  # NaN is none
+            assert told["state"] in STATES and told["run"] == "run"
+        assert verb == "cancel" or kept(before, here)
 
 
 @fuzz(15, edit=edits())

@@ -177,14 +177,15 @@ def test_ranks_do_not_outlive_one_that_was_killed(here: Slurm, folder: Path):
 
 
 def test_what_follows_srun_survives_the_signals_of_a_job(here: Slurm, folder: Path):
-    """It is run, with the tasks' exit code, after a TERM to the whole job, and although `setup` chose set -e."""
+    """It is run, with the tasks' exit code, after signals to the whole job, and although `setup` chose set -e."""
     command = "sh -c 'trap \"exit 75\" TERM; echo up; echo aside >&2; while :; do sleep 0.1; done'"
     cluster = load("slurm", [*HERE, "setup=[set -e, echo set up]"])
     after = ["code=$?", "echo ended with $code", "exit 3"]
     number = Sbatch(cluster, folder, command, name="x", after=after).launch()
     rank, batch = folder / f"{number}_0_log.out", folder / f"{number}_log.out"
     here.poll(lambda: rank.exists() and "aside" in rank.read_text(), 60, "it does not start")
-    here.command("scancel", "--batch", "--signal=TERM", number)
+    for name in ("USR1", "USR2", "TERM"):
+        here.command("scancel", "--batch", f"--signal={name}", number)
     here.command("scancel", "--signal=TERM", number)  # that of the tasks
     assert here.wait(number, "FAILED")["ExitCode"] == "3:0"
     assert "set up\n" in batch.read_text() and "ended with 75\n" in batch.read_text()
