@@ -4,14 +4,13 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from selfsup import config, durable
 from selfsup.config import Config
-from selfsup.errors import EarlyStop, UserError
+from selfsup.errors import DiskError, EarlyStop, RankLost, UserError
 
 from . import environment, history, rendezvous, requeue, submission
 from .environment import Place
@@ -55,7 +54,7 @@ def run_training(folder: Path, train: Callable[[Config, Path], None]) -> None:
         configuration = config.load(str(run / submission.CONFIG))
         if place.world > 1:
             _meet(run, place, lambda: signals.received is not None)
-        _record(run, place, TRAINING, "start", host=socket.gethostname(), world=place.world, step=_step(run))
+        _record(run, place, TRAINING, "start", host=place.node, world=place.world, step=_step(run))
         try:
             train(configuration, run)
         except EarlyStop as error:
@@ -73,13 +72,17 @@ def run_evaluation(
     if place.world > 1:
         raise UserError(f"an evaluation is one task, not {place.world}: cluster key evaluation.tasks_per_node")
     environment.export(place)
-    _record(run, place, task, "start", host=socket.gethostname(), world=1, step=_step(run))
+    _record(run, place, task, "start", host=place.node, world=1, step=_step(run))
     with _told(run, place, task):
         evaluate(task, run, overrides)
 
 
 class _StopAt(EarlyStop):
     """It has come as far as the configuration lets it: to start it again would change nothing."""
+
+
+class _DiskFailed(RankLost):
+    """Exit code 1, as of a rank that is gone: started again, a bounded number of times. It may pass without the user."""
 
 
 def _meet(run: Path, place: Place, stopped: Callable[[], bool]) -> None:
@@ -110,6 +113,9 @@ def _told(run: Path, place: Place, task: str) -> Iterator[None]:
     except EarlyStop as error:
         code, why = requeue.STOPPED, f"stop_at: {error}" if isinstance(error, _StopAt) else str(error)
         raise
+    except DiskError as error:
+        code, why = requeue.CRASH, str(error)
+        raise _DiskFailed(why) from None
     except UserError as error:
         code, why = requeue.USER_ERROR, str(error)
         raise

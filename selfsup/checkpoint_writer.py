@@ -17,7 +17,7 @@ from torch import Tensor
 from selfsup import dist, durable, tensorfile
 from selfsup.checkpoint import FORMAT, InvalidCheckpoint, Retention, State, clean, folder_of, prune, rank_file, verify
 from selfsup.durable import TEMPORARY
-from selfsup.errors import UserError
+from selfsup.errors import DiskError, UserError
 
 _NICENESS = 10
 """Of the writing thread: the training threads go first."""
@@ -200,18 +200,22 @@ def _together(stage: Callable[[], bytes], what: str, explain: Callable[[Exceptio
         error = explain(cause)
     except BaseException as cause:
         error = cause
-    answers = dist.gather_bytes(bytes([error is None]) + answer.ljust(40, b"\0"))
+    answers = dist.gather_bytes(bytes([_verdict(error)]) + answer.ljust(40, b"\0"))
     if error is not None:
         raise error
-    if not all(a[0] for a in answers):
-        raise UserError(f"{what} failed on another rank; its message says why")
+    if worst := max(a[0] for a in answers):
+        raise (DiskError if worst == 2 else UserError)(f"{what} failed on another rank; its message says why")
     return [a[1:] for a in answers]
 
 
-def _unwritable(root: Path, final: Path, state: State, cause: BaseException) -> UserError:
+def _verdict(error: BaseException | None) -> int:
+    return 0 if error is None else 2 if isinstance(error, DiskError) else 1
+
+
+def _unwritable(root: Path, final: Path, state: State, cause: BaseException) -> DiskError:
     if not root.parent.is_dir():
-        return UserError(f"checkpoint {final}: the run folder {root.parent} is gone; nothing more can be saved in it")
-    return UserError(
+        return DiskError(f"checkpoint {final}: the run folder {root.parent} is gone; nothing more can be saved in it")
+    return DiskError(
         f"checkpoint {final}: cannot be written: {cause}; it needs {state.nbytes / 1e6:.1f} MB and "
         f"{shutil.disk_usage(root.parent).free / 1e6:.1f} MB are free; earlier checkpoints are untouched, "
         "--resume goes on from the newest"

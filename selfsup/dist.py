@@ -9,7 +9,7 @@ import torch
 import torch.distributed as td
 from torch import Tensor, nn
 
-from selfsup.errors import UserError
+from selfsup.errors import DiskError, UserError
 
 _side: Any = None  # gloo, for agreements between hosts that must not touch the accelerator
 _background: Any = None  # gloo, for the threads that write checkpoints
@@ -148,12 +148,12 @@ def start_agreement(value: int) -> tuple[Tensor, td.Work]:
 
 
 def raise_together(error: BaseException | None, what: str) -> None:
-    """Raise `error` here, and a short UserError on the ranks where there was none but another rank had one."""
-    failed = agree(1 if error is not None else 0)
+    """Raise `error` here, and a short UserError (DiskError if one was) on the ranks where there was none."""
+    failed = agree(0 if error is None else 2 if isinstance(error, DiskError) else 1)
     if error is not None:
         raise error
     if failed:
-        raise UserError(f"{what} failed on another rank; its message says why")
+        raise (DiskError if failed == 2 else UserError)(f"{what} failed on another rank; its message says why")
 
 
 def broadcast_module(module: nn.Module) -> None:

@@ -12,6 +12,10 @@ class UserError(Exception):
         return "\n".join(printable(part) for part in (first, rest) if part)
 
 
+class DiskError(UserError):
+    """The run's disk did not give or take something: it is full, away or failing. That may pass, so a job tries again."""
+
+
 class EarlyStop(Exception):
     """Training stopped early on purpose and can be resumed (exit code 75)."""
 

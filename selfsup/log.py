@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from selfsup.errors import UserError
+from selfsup.errors import DiskError
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -115,8 +115,8 @@ class MetricsLog:
             raise self._unwritable(error) from None
         self._end += len(text)
 
-    def _unwritable(self, error: OSError) -> UserError:
-        return UserError(
+    def _unwritable(self, error: OSError) -> DiskError:
+        return DiskError(
             f"{self.path}: cannot be written: {error.strerror}; checkpoints are untouched: make room or make it writable, "
             "then go on with --resume"
         )

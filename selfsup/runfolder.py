@@ -7,7 +7,7 @@ from typing import Any
 from selfsup import checkpoint, durable
 from selfsup import config as configuration
 from selfsup.config import Config
-from selfsup.errors import UserError
+from selfsup.errors import DiskError, UserError
 from selfsup.guard.lease import Lease, holder
 
 FREE = ("workers", "checkpoint", "eval", "stop_at", "log_every", "tensorboard", "hang_timeout")
@@ -47,7 +47,7 @@ def claim(out: Path, resume: bool) -> Lease:
             lease.release()
             raise
     except OSError as error:
-        raise UserError(
+        raise DiskError(
             f"--out {out}: cannot be written: {error.strerror or error}; name a folder you may write to"
         ) from None
     return lease
@@ -69,7 +69,7 @@ def stored_config(out: Path) -> Config | None:
             return None
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        raise DiskError(f"{path}: cannot be read: {error}") from None
     return configuration.validate(Config, configuration.parse_yaml(text, str(path)), where=str(path))
 
 
@@ -79,7 +79,7 @@ def write_config(out: Path, config: Config) -> None:
     try:
         durable.write_atomically(out / "config.yaml", configuration.dump(config))
     except OSError as error:
-        raise UserError(f"{out / 'config.yaml'}: cannot be written: {error.strerror or error}") from None
+        raise DiskError(f"{out / 'config.yaml'}: cannot be written: {error.strerror or error}") from None
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from selfsup import checkpoint, durable
 from selfsup.checkpoint import InvalidCheckpoint, Retention, State, load, newest_valid, verify
 from selfsup.checkpoint_writer import Writer, save
-from selfsup.errors import UserError
+from selfsup.errors import DiskError, UserError
 
 
 def state(step: int) -> State:
@@ -179,7 +179,7 @@ def test_full_disk_at_any_write(tmp_path: Path) -> None:
         root = tmp_path / f"at{at}"
         for step in (1, 2):
             save(root, step, state(step), Retention(2))
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"step_00000003.*No space left"):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(DiskError, match=r"step_00000003.*No space left"):
             interrupt(patch, at, OSError(28, "No space left on device"))
             save(root, 3, state(3), Retention(2))
         folder, _ = newest_valid(root)

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from selfsup import checkpoint, dist, durable
 from selfsup.checkpoint_writer import Writer, save
-from selfsup.errors import UserError
+from selfsup.errors import DiskError, UserError
 from selfsup.signals import StopSignals
 
 folder = Path(sys.argv[1])
@@ -152,11 +152,12 @@ net[1].num_batches_tracked += rank
 dist.broadcast_module(net)
 
 messages = []
-for failing in (None, 0, 1):
+for failing, kind in ((None, UserError), (0, UserError), (1, UserError), (1, DiskError)):
     try:
-        dist.raise_together(UserError(f"mine {rank}") if rank == failing else None, "the thing")
+        dist.raise_together(kind(f"mine {rank}") if rank == failing else None, "the thing")
         messages.append("fine")
     except UserError as error:
+        assert type(error) is kind
         messages.append(str(error))
 
 # rank 1 alone is asked to stop in its third step: every rank stops at the same one
@@ -183,7 +184,7 @@ def test_collectives_agreements_and_signals(tmp_path: Path) -> None:
         assert f["agreed"] == [20, 0, 1]
         assert f["net"] == found[0]["net"]
         assert f["messages"][0] == "fine"
-        for failing, message in zip((0, 1), f["messages"][1:]):
+        for failing, message in zip((0, 1, 1), f["messages"][1:]):
             assert message == (
                 f"mine {rank}" if rank == failing else "the thing failed on another rank; its message says why"
             )

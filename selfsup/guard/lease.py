@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
-from selfsup.errors import UserError
+from selfsup.errors import DiskError, UserError
 from selfsup.guard.fence import end_process, superseded
 from selfsup.guard.incarnation import Incarnation
 from selfsup.guard.leasefile import FILE, Seen, create, look
@@ -81,7 +81,7 @@ class Lease:
             lease._acquire(patience_s)
         except OSError as error:
             lease._close()
-            raise UserError(
+            raise DiskError(
                 f"{run}: cannot be written: {error.strerror or error}; make it writable, or name another"
             ) from None
         except BaseException:
@@ -104,7 +104,7 @@ class Lease:
         try:
             seen = look(self._path)
         except OSError as error:
-            raise UserError(
+            raise DiskError(
                 f"{self._path}: cannot be read: {error.strerror or error}; nothing more is written"
             ) from None
         if seen is not None and seen.token == self.token:

@@ -417,7 +417,7 @@ def test_nothing_left_of_a_lease_that_could_not_be_written(tmp_path: Path) -> No
         "except Exception as error: print(repr(error))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith(f"UserError('{tmp_path}: cannot be written: File too large") and not done.stderr
+    assert done.stdout.startswith(f"DiskError('{tmp_path}: cannot be written: File too large") and not done.stderr
     assert [p.name for p in tmp_path.iterdir()] == [".lease-lock"]
     with pytest.raises(UserError, match="cannot be written: No such file"):
         acquire(tmp_path / "missing")

@@ -29,12 +29,13 @@ PLACE = {
 RANK = """
 import os, signal, sys
 from pathlib import Path
-from selfsup.errors import EarlyStop, RankLost, UserError
+from selfsup.errors import DiskError, EarlyStop, RankLost, UserError
 from selfsup.launch import job
 run, how = Path(sys.argv[1]), sys.argv[2]
 ENDS = {
     "early": EarlyStop("stopped at step 3 of 10 (SIGTERM); go on"),
     "user": UserError("data: no such folder"),
+    "disk": DiskError("metrics.jsonl: cannot be written"),
     "lost": RankLost("rank 1 is gone"),
     "crash": RuntimeError("boom"),
     "exit": SystemExit(5),
@@ -128,6 +129,7 @@ ENDS = {
     "done": (0, "", None),
     "early": (75, "stopped at step 3 of 10 (SIGTERM); go on", "EarlyStop"),
     "user": (2, "data: no such folder", "UserError"),
+    "disk": (1, "metrics.jsonl: cannot be written", "_DiskFailed"),
     "lost": (1, "RankLost: rank 1 is gone", "RankLost"),
     "crash": (1, "RuntimeError: boom", "RuntimeError"),
     "exit": (1, "SystemExit: 5", "SystemExit"),
