@@ -178,9 +178,9 @@ def _missing(configs: Iterable[Config], then: Iterable[Then]) -> list[str]:
         named += [("data.path", data.path), ("data.val", data.val)]
         named += [("eval.train", evaluation.train), ("eval.val", evaluation.val)]
     for each in then:
-        for key, _, value in (word.partition("=") for word in each.overrides):
+        for key, _, given in (word.partition("=") for word in each.overrides):
             if key in ("data", "data.path", "data.val", "eval.train", "eval.val"):
-                named.append((f"{each.task} {key}", value))
+                named.append((f"{each.task} {key}", given))
     found = []
     for key, value in named:
         if value and value != "demo" and ":" not in value.split("/")[0] and not os.path.exists(value):
