@@ -106,15 +106,11 @@ class RequeuePolicy(Section):
     timeouts: Annotated[int, Field(ge=0)] | None = None
     """How often after reaching the time limit; null: as often as it takes."""
     crashes: Annotated[int, Field(ge=0)] = 3
-    """How often after ending with an error that is not the user's (exit code 2 is), without progress in between."""
+    """How often, without progress in between, after an error that is not the user's (exit code 2 is), or after any other end."""
     delay_s: Annotated[float, Field(ge=0)] = 30
     """Pause before the first restart after a crash; twice as long before each further one,"""
     max_delay_s: Annotated[float, Field(ge=0)] = 1800
     """but never longer than this."""
-
-    def delay(self, crash: int) -> float:
-        """Seconds to wait after the crash of this number, the first being 1."""
-        return min(self.delay_s * 2.0 ** min(crash - 1, 60), self.max_delay_s)
 
 
 class Cluster(Section):

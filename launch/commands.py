@@ -35,7 +35,8 @@ def afterwards(folder: Path, cluster: Cluster, code: Path, task: str) -> list[st
         "max-delay": f"{policy.max_delay_s:g}",
         "signal-before": cluster.signal_before_s,
     }
-    words = [python, str(code.absolute() / "selfsup/launch/requeue.py"), str(folder.absolute())]
+    # -E: not with the variables that lines of `setup` have set for the Python of the tasks
+    words = [python, "-E", str(code.absolute() / "selfsup/launch/requeue.py"), str(folder.absolute())]
     words += [f"--{name}={value}" for name, value in options.items()]
     # ignored from here on, also while Python starts: it decides although the job is told to end
     return ["code=$?", "trap '' TERM USR1 USR2", f"exec {shlex.join(words)} --code=$code"]

@@ -15,6 +15,7 @@ from selfsup.errors import UserError
 from selfsup.wording import printable
 
 from .cluster import Cluster
+from .environment import OF_A_RANK
 
 _NOT_OF_SBATCH = {
     "additional_parameters",
@@ -31,8 +32,6 @@ _NOT_OF_SBATCH = {
 
 # Variables of a job or a rank: one that submits another must not hand them on.
 _OF_A_JOB = ("SLURM_", "SLURMD_", "SUBMITIT_", "PMI_", "PMIX_", "TORCHELASTIC_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
-_OF_A_RANK = {"RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-_OF_A_RANK |= {"SELFSUP_JOB", "SELFSUP_RESTART"}
 _DEVICES = {"CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL"}
 _KEPT = {"SLURM_CONF", "SLURM_CLUSTERS"}
 # SBATCH_NAME sets an option, and wins over the script. Some are not called like the option.
@@ -195,6 +194,6 @@ def foreign_variables(environ: Mapping[str, str], written: Mapping[str, Any]) ->
     for name in environ:
         option = name.removeprefix("SBATCH_").lower() if name.startswith("SBATCH_") else ""
         of_a_job = name.startswith(_OF_A_JOB) and name not in _KEPT
-        if of_a_job or name in _OF_A_RANK | _DEVICES or _VARIABLES.get(option, option) in own:
+        if of_a_job or name in OF_A_RANK | _DEVICES or _VARIABLES.get(option, option) in own:
             found.append(name)
     return sorted(found)

@@ -59,14 +59,19 @@ class Story:
 def tell(events: Iterable[Mapping[str, Any]], job: str | None, task: str, outcome: Mapping[str, Any] | None) -> Story:
     """The story of a task of this job. events: of the run, of all its jobs; outcome: RUN/job/outcome.json, if it is there.
 
-    What was before the newest start, a crash before a preemption, say, is left out.
+    What was before the newest start, a crash before a preemption, say, is left out, and what an earlier one said later.
     """
     newest: dict[str, Mapping[str, Any]] = {}
-    last = ""
+    last, newest_restart = "", 0
     for event in events:
         kind = str(event.get("event"))
         if event.get("job") != job or (not kind.startswith("cancel") and event.get("task") != task):
             continue
+        restart = event.get("restart")
+        if not kind.startswith("cancel") and isinstance(restart, int):
+            if restart < newest_restart:  # on a node that Slurm had lost: what becomes of it is no matter
+                continue
+            newest_restart = restart
         if kind == "start":
             newest = {}
         if kind == "cancel refused":  # by Slurm, which was asked after it was written down

@@ -7,7 +7,7 @@ import yaml
 
 from selfsup.config import Config, dump
 from selfsup.errors import UserError
-from selfsup.launch.cluster import Cluster, RequeuePolicy, cluster_names, load, split_overrides
+from selfsup.launch.cluster import Cluster, cluster_names, load, split_overrides
 
 FOLDER = Path(__file__).resolve().parents[2] / "launch" / "clusters"
 
@@ -208,12 +208,6 @@ def test_overrides_are_told_apart():
     for item, hint in {"ndes=2": "nodes", "stps=2": "steps"}.items():
         with pytest.raises(UserError, match=f"did you mean {hint}"):
             split_overrides([item])
-
-
-def test_back_off():
-    policy = RequeuePolicy(delay_s=30, max_delay_s=200)
-    assert [policy.delay(n) for n in (1, 2, 3, 4, 5, 10_000)] == [30, 60, 120, 200, 200, 200]
-    assert RequeuePolicy().timeouts is None and RequeuePolicy().crashes == 3
 
 
 def test_what_is_written_is_plain_yaml():

@@ -568,5 +568,7 @@ def test_what_the_folder_says(events: list[dict[str, Any]], alive: bool, gone: b
 def test_every_start_begins_anew():
     cancelled = story(START, {"event": "cancel"}, {**START, "restart": 1})
     assert cancelled.over() is None and cancelled.restart == 1
+    late = story(START, {**START, "restart": 1}, {"event": "end", "restart": 1, "code": 0}, {"event": "end", "code": 2})
+    assert late.over() == "completed", "the last words of a start on a node that was lost"
     other = state.tell([{"event": "stop", "job": "2", "task": "train"}], "1", "train", {"job": "2", "code": 0})
     assert other.over() is None and other.last == "" and UNKNOWN.state == ""
