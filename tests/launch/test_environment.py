@@ -50,13 +50,13 @@ def test_a_rank_of_the_supervisor():
     assert find({**SUPERVISOR, **SLURM}).job == "15", "a step of Slurm is what it says, whatever was exported to it"
 
 
-@pytest.mark.parametrize("name", SLURM.keys() - {"SLURM_JOB_ID", "SLURM_PROCID"})
+@pytest.mark.parametrize("name", sorted(SLURM.keys() - {"SLURM_JOB_ID", "SLURM_PROCID"}))
 def test_what_is_missing_is_named(name: str):
     with pytest.raises(UserError, match=name):
         find({key: value for key, value in SLURM.items() if key != name})
 
 
-@pytest.mark.parametrize("name", SUPERVISOR.keys() - {"RANK"})
+@pytest.mark.parametrize("name", sorted(SUPERVISOR.keys() - {"RANK"}))
 def test_what_is_missing_of_the_supervisor_is_named(name: str):
     with pytest.raises(UserError, match=name):
         find({key: value for key, value in SUPERVISOR.items() if key != name})
