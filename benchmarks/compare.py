@@ -14,7 +14,11 @@ from benchmarks.targets import TARGETS
 
 
 def interleaved(
-    result: Result, run: dict[str, Callable[[], float]], pairs: int, tick: Callable[[int], object], at_most: bool = False
+    result: Result,
+    run: dict[str, Callable[[], float]],
+    pairs: int,
+    tick: Callable[[int], object],
+    at_most: bool = False,
 ) -> dict[str, float]:
     """Time 'A', 'B' and 'C' in turn into `result`; the median seconds of each."""
     timed: dict[str, list[float]] = {who: [] for who in run}
@@ -33,7 +37,9 @@ def interleaved(
     return {who: sorted(values)[len(values) // 2] for who, values in timed.items()}
 
 
-def begin(case: Case, name: str, machine: Machine, folder: Path, stack: contextlib.ExitStack) -> tuple[Side, dict[str, Any]]:
+def begin(
+    case: Case, name: str, machine: Machine, folder: Path, stack: contextlib.ExitStack
+) -> tuple[Side, dict[str, Any]]:
     """A process with one side of a case in it, and what it says about itself."""
     side = Side(case.threads or machine.threads, machine.folder / f"{case.name}-{name}.log")
     stack.callback(side.close)
@@ -68,7 +74,9 @@ def measure(case: Case, machine: Machine, tick: Callable[[float], object] = lamb
         result.claim = f"not the same work, nothing timed: {unlike}"
         return result
     with contextlib.ExitStack() as stack:
-        begun = {who: begin(case, name, machine, folder, stack) for who, name in zip("ABC", ("ours", case.peer, "ours"))}
+        begun = {
+            who: begin(case, name, machine, folder, stack) for who, name in zip("ABC", ("ours", case.peer, "ours"))
+        }
         sides = {who: side for who, (side, _) in begun.items()}
         result.details["disclosures"] = [*begun["A"][1]["disclosures"], *begun["B"][1]["disclosures"]]
         for side in sides.values():
@@ -93,6 +101,9 @@ def measure(case: Case, machine: Machine, tick: Callable[[float], object] = lamb
         result.details |= sides["A"].ask("facts")
     result.details["seconds"] = {"ours": seconds["A"], case.peer: seconds["B"]}
     if flops:
-        result.details |= {"flops": {"ours": flops}, "gemm_peak": machine.peaks.get(case.dtype) or machine.peak(case.dtype)}
+        result.details |= {
+            "flops": {"ours": flops},
+            "gemm_peak": machine.peaks.get(case.dtype) or machine.peak(case.dtype),
+        }
         result.gemm_fraction = flops / seconds["A"] / result.details["gemm_peak"]
     return result

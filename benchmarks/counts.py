@@ -10,12 +10,19 @@ from benchmarks.protocol import Result
 from benchmarks.rows import STEP, Row, write_initial_state
 from benchmarks.sides import Machine
 
-SYNCS = ("_local_scalar_dense", "nonzero", "nonzero_numpy", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero")
+SYNCS = (
+    "_local_scalar_dense",
+    "nonzero",
+    "nonzero_numpy",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "equal",
+    "is_nonzero",
+)
 """Operators of aten after which the host waits for the device: `item`, `bool`, `float`, and shapes that depend on values."""
 
-SYNC_ROW = replace(
-    STEP, name="syncs", batch=1, out_dim=1024, hidden_dim=256, bottleneck_dim=64, global_size=64, local_size=32, locals=2
-)
+SYNC_ROW = replace(STEP, name="syncs", batch=1, out_dim=1024, locals=2)
 """The number depends on the layers, not on sizes."""
 
 PROCESSES = 3
@@ -43,7 +50,9 @@ def count_syncs(run: Callable[[], object]) -> dict[str, int]:
 
 def syncs(machine: Machine, tick: Callable[[float], object]) -> Result:
     """Of a step that is not logged: what four steps have more than three."""
-    result = Result("syncs", "dino", details={"title": "host syncs in a step that is not logged", "threads": machine.threads})
+    result = Result(
+        "syncs", "dino", details={"title": "host syncs in a step that is not logged", "threads": machine.threads}
+    )
     bench = step.Bench(machine)
     write_initial_state(SYNC_ROW, machine.folder / f"{SYNC_ROW.name}.safetensors")
     counted: dict[str, list[int]] = {}

@@ -35,7 +35,6 @@ class Ours(Timed):
 
     @staticmethod
     def imports(path: str | None) -> None:
-        import timm
 
         import selfsup.eval.features  # noqa: F401
 
@@ -110,12 +109,12 @@ def timed(iterator: Iterator[Any]) -> Iterator[tuple[Any, float]]:
 class Timm(Timed):
     """create_model, create_transform, ImageFolder, DataLoader, a loop under no_grad."""
 
-    disclosures = ("timm: create_model and create_transform (crop_pct 224/256), torchvision's ImageFolder, torch's DataLoader",)
+    disclosures = (
+        "timm: create_model and create_transform (crop_pct 224/256), torchvision's ImageFolder, torch's DataLoader",
+    )
 
     @staticmethod
     def imports(path: str | None) -> None:
-        import timm
-        import timm.data
         import torchvision.datasets  # noqa: F401
 
     def __init__(self, options: dict[str, Any], folder: Path) -> None:
@@ -127,7 +126,11 @@ class Timm(Timed):
         self.model: Any = timm.create_model(options["backbone"], num_classes=0).eval()
         self.model.load_state_dict(load_file(folder / "weights.safetensors"))
         transform = timm.data.create_transform(
-            input_size=(3, options["size"], options["size"]), interpolation="bicubic", mean=MEAN, std=STD, crop_pct=224 / 256
+            input_size=(3, options["size"], options["size"]),
+            interpolation="bicubic",
+            mean=MEAN,
+            std=STD,
+            crop_pct=224 / 256,
         )
         self.dataset = datasets.ImageFolder(str(folder / "images"), transform=transform)
 

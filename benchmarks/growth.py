@@ -8,7 +8,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.protocol import Result
 from benchmarks.sides import Machine, Side
@@ -29,7 +28,9 @@ class Growth:
 
     def measure(self, machine: Machine, tick: Callable[[float], object]) -> Result:
         """The costs at every size, their exponents, and a picture."""
-        result = Result(self.name, NO_PEER, details={"title": self.title, "sizes": self.sizes, "threads": machine.threads})
+        result = Result(
+            self.name, NO_PEER, details={"title": self.title, "sizes": self.sizes, "threads": machine.threads}
+        )
         folder = machine.folder / self.name
         folder.mkdir()
         costs: dict[str, list[float]] = {}
@@ -89,10 +90,24 @@ def draw(growth: Growth, costs: dict[str, list[float]], exponents: dict[str, flo
 
 GROWTHS = [
     Growth("growth-images", "images", "entries of the index", "images", (10**3, 10**4, 10**5, 10**6), 0.8),
-    Growth("growth-crops", "crops", "local crops of a step, tiny ViT, 32 and 16 px", "local crops", (2, 4, 8, 16, 32), 0.8),
     Growth(
-        "growth-prototypes", "prototypes", "prototypes of a step, tiny ViT", "K", (8192, 16384, 32768, 65536, 131072, 262144), 1.2
+        "growth-crops", "crops", "local crops of a step, tiny ViT, 32 and 16 px", "local crops", (2, 4, 8, 16, 32), 0.8
+    ),
+    Growth(
+        "growth-prototypes",
+        "prototypes",
+        "prototypes of a step, tiny ViT",
+        "K",
+        (8192, 16384, 32768, 65536, 131072, 262144),
+        1.2,
     ),
     Growth("growth-ranks", "ranks", "communication of a step", "ranks", (1, 2), 0.5),
-    Growth("growth-knn", "knn", "bank of a k-NN evaluation, 500 queries x 384, k = 200", "bank images", (10**4, 10**5, 10**6), 1.0),
+    Growth(
+        "growth-knn",
+        "knn",
+        "bank of a k-NN evaluation, 500 queries x 384, k = 200",
+        "bank images",
+        (10**4, 10**5, 10**6),
+        1.0,
+    ),
 ]

@@ -42,11 +42,12 @@ class Features(Timed):
 class Ours(Features):
     """knn.classify: one search, every k's votes."""
 
-    disclosures = ("knn: features of both sides start in memory, not of length 1; normalising them is timed on both sides",)
+    disclosures = (
+        "knn: features of both sides start in memory, not of length 1; normalising them is timed on both sides",
+    )
 
     @staticmethod
     def imports(path: str | None) -> None:
-        import faiss
 
         import selfsup.eval.knn  # noqa: F401
 

@@ -14,10 +14,14 @@ from torch import Tensor
 
 from benchmarks import peers_dino, photographs
 from benchmarks.case import Timed
+from selfsup.eval.settings import Pooling
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-POOLINGS = ("cls", "cls+patchmean")  # dino: --n_last_blocks 1, without and with --avgpool_patchtokens
+POOLINGS: tuple[Pooling, ...] = (
+    "cls",
+    "cls+patchmean",
+)  # dino: --n_last_blocks 1, without and with --avgpool_patchtokens
 CHECKED = (0.01, 0.1)
 """Learning rates whose heads are compared."""
 
@@ -48,7 +52,6 @@ class Ours(Timed):
 
     @staticmethod
     def imports(path: str | None) -> None:
-        import timm
 
         import selfsup.eval.linear  # noqa: F401
 
@@ -104,7 +107,7 @@ class Ours(Timed):
         forward = forward_function(self.target, self.settings, self.requests)
         for images, labels in zip(self.state["images"], self.state["labels"]):
             probe.step(forward(images), labels, 4, 0.0)
-        found = {}
+        found: dict[str, Tensor] = {}
         for width, name in zip(widths, POOLINGS):
             both = probe.heads[width].weight[0].view(width, len(CHECKED), -1)  # [D, L, C]
             found |= {f"{name} {lr}": both[:, i].T for i, lr in enumerate(CHECKED)}
@@ -140,7 +143,11 @@ class Dino(Timed):
         weights = {k.removeprefix("backbone."): v for k, v in self.state.items() if k.startswith("backbone.")}
         self.model.load_state_dict(weights)
         self.model.eval()
-        steps = [transforms.RandomResizedCrop(options["size"]), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+        steps = [
+            transforms.RandomResizedCrop(options["size"]),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+        ]
         augment = transforms.Compose([*steps, transforms.Normalize(MEAN, STD)])
         dataset = datasets.ImageFolder(str(folder / "images"), transform=augment)
         self.loader = torch.utils.data.DataLoader(dataset, batch_size=options["images"], shuffle=True)
@@ -148,7 +155,7 @@ class Dino(Timed):
     def scale(self) -> float:
         return float(self.options["rates"])
 
-    def _setting(self, pooling: str, lr: float, batch: int, loader: Any) -> torch.nn.Module:
+    def _setting(self, pooling: str, lr: float, batch: int, loader: Any) -> Any:
         start = self.state[f"head.{pooling}"]
         head = self.classifier(start.shape[1], num_labels=len(start))
         if pooling != "cls":  # dino interleaves the two halves: [D, 2] flattened
@@ -168,7 +175,7 @@ class Dino(Timed):
         heads = {f"{p} {lr}": self._setting(p, lr, 4, batches) for p in POOLINGS for lr in CHECKED}
         found = {}
         for name, head in heads.items():
-            weight = head.linear.weight.detach()  # type: ignore[union-attr]
+            weight = head.linear.weight.detach()
             if name.startswith("cls+"):
                 weight = weight.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1)
             found[name] = weight

@@ -60,7 +60,7 @@ class Ours(Cache):
 
     def answer(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         self.run(1)
-        found = {}
+        found: dict[str, Tensor] = {}
         for width, heads in self.probe.heads.items():
             weights = heads.weight.view(len(heads.weight), width, heads.rates, -1)  # [F, D, L, C]
             for feature, members in zip(self.probe.groups[width], weights):
@@ -102,7 +102,7 @@ class Torch(Cache):
         from selfsup.eval.probe import Probe
 
         for _ in range(count):
-            self.found = {}
+            self.found: dict[str, Tensor] = {}
             for i, x in enumerate(self.features):
                 first = Probe([x.shape[1]], self.recipe).heads[x.shape[1]].weight[0, :, : self.recipe.classes].T
                 self.found |= {f"{i} {lr}": self._setting(x, first, lr) for lr in self.recipe.lrs}

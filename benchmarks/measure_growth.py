@@ -72,7 +72,11 @@ def images(size: int, folder: Path) -> Found:
             next(stream)
         private += [_private_bytes(child) for child in set(_children()) - children]
         stream.close()
-    costs = {"seconds to open": opened, "seconds to first batch": min(waits), "MB of a worker's own": min(private) / 1e6}
+    costs = {
+        "seconds to open": opened,
+        "seconds to first batch": min(waits),
+        "MB of a worker's own": min(private) / 1e6,
+    }
     return {"costs": costs}
 
 
@@ -131,7 +135,12 @@ def knn(size: int, folder: Path) -> Found:
 def ranks(size: int, folder: Path) -> Found:
     """Bytes and calls that each of `size` ranks hands to collectives in a step."""
     port = 20_000 + os.getpid() % 20_000
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, "-P", "-m", "benchmarks.measure_growth", str(folder / f"run{size}")],
@@ -188,7 +197,7 @@ def rank_main(out: Path) -> None:
         recorder.record = noted
         return original(run, stream, recorder, *rest)
 
-    training._loop = loop
+    training._loop = loop  # type: ignore[assignment]
     words = [
         "data=demo", "backbone=vit_tiny_patch16_224", "backbone.in_chans=1", "backbone.img_size=28", "backbone.patch_size=7",
         "views.global.size=28", "views.local.size=14", "views.local.count=2", "method.out_dim=4096", "method.hidden_dim=256",

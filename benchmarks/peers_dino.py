@@ -16,7 +16,7 @@ def load(path: str | None, module: str) -> ModuleType:
         raise FileNotFoundError(f"--peer dino={path}: no main_dino.py there; give a clone of facebookresearch/dino")
     import torch
 
-    torch.hub.list = lambda *a, **k: []  # type: ignore[assignment]
+    torch.hub.list = lambda *a, **k: []
     sys.path.insert(0, str(Path(path).resolve()))
     warnings.filterwarnings("ignore", category=FutureWarning)
     return importlib.import_module(module)

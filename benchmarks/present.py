@@ -39,9 +39,19 @@ def table(results: Sequence[Result]) -> None:
     from rich.table import Table
 
     out = Table(
-        title="The peer's cost over ours, or (targets with <=) ours over the peer's; the claim is the interval's nearer bound"
+        title="The peer's cost over ours or, where the target is <=, ours over the peer's; claims are the nearer bound"
     )
-    names = ("row", "peer", "ratio [95 %]", "A/A", "target", "met", "of GEMM peak: ours / peer", "memory GiB: ours / peer", "claim")
+    names = (
+        "row",
+        "peer",
+        "ratio [95 %]",
+        "A/A",
+        "target",
+        "met",
+        "of GEMM peak: ours / peer",
+        "GiB: ours / peer",
+        "claim",
+    )
     for name in names:
         out.add_column(name)
     for r in results:
@@ -49,7 +59,15 @@ def table(results: Sequence[Result]) -> None:
         ratio = f"{r.ratio:.2f} [{r.low:.2f}, {r.high:.2f}]" if measured else "-"
         control = f"{r.aa:.3f}" if measured else "-"
         out.add_row(
-            r.name, r.peer, ratio, control, r.target or "-", _reached(r), _fraction(r), _gibibytes(r), r.claim + _share(r)
+            r.name,
+            r.peer,
+            ratio,
+            control,
+            r.target or "-",
+            _reached(r),
+            _fraction(r),
+            _gibibytes(r),
+            r.claim + _share(r),
         )
     console = Console(width=None if sys.stdout.isatty() else 180)
     console.print(out)

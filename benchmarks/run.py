@@ -54,7 +54,9 @@ def jobs() -> list[Job]:
     found += [Job(g.name, growth.NO_PEER, g.title, g.minutes, g.measure) for g in growth.GROWTHS]
     minutes = {"step": 2.6, "step-bf16": 2.0, "small": 1.0}
     found += [
-        Job(r.name, p, r.title, minutes.get(r.name, 1.0), lambda m, t, r=r, p=p: step.Bench(m).measure(r, p, t), r.dtype)  # type: ignore[misc]
+        Job(
+            r.name, p, r.title, minutes.get(r.name, 1.0), lambda m, t, r=r, p=p: step.Bench(m).measure(r, p, t), r.dtype
+        )  # type: ignore[misc]
         for r in ROWS
         for p in r.peers
     ]
@@ -120,7 +122,9 @@ def measure(job: Job, machine: Machine, tick: Tick) -> Result:
         return Result(job.name, job.peer, claim=f"failed: {str(error).splitlines()[0]}", details={"title": job.title})
 
 
-def run(planned: list[Job], peers: dict[str, str], threads: int, pairs: int, pictures: Path | None = None) -> list[Result]:
+def run(
+    planned: list[Job], peers: dict[str, str], threads: int, pairs: int, pictures: Path | None = None
+) -> list[Result]:
     """Every row that is asked for."""
     results = []
     with tempfile.TemporaryDirectory(prefix="selfsup-bench-") as folder:
@@ -131,7 +135,12 @@ def run(planned: list[Job], peers: dict[str, str], threads: int, pairs: int, pic
         for job in planned:
             result = judge(measure(job, machine, clock.start(job)))
             clock.finish(job)
-            if result.ratio is not None and result.low is not None and result.high is not None and result.aa is not None:
+            if (
+                result.ratio is not None
+                and result.low is not None
+                and result.high is not None
+                and result.aa is not None
+            ):
                 say(f"  {result.ratio:.2f} [{result.low:.2f}, {result.high:.2f}], A/A {result.aa:.3f}: {result.claim}")
             else:
                 say(f"  {result.claim}")

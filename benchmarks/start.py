@@ -34,7 +34,7 @@ class Program(Timed):
     path: str | None = None
 
     @classmethod
-    def imports(cls, path: str | None) -> None:  # type: ignore[override]
+    def imports(cls, path: str | None) -> None:
         cls.path = path
 
     def _once(self) -> dict[str, Any]:
@@ -62,7 +62,9 @@ class Ours(Program):
     """selfsup train."""
 
     name = "ours"
-    disclosures = ("start: files are in the page cache and compiled to bytecode; ours is the whole `selfsup train` command",)
+    disclosures = (
+        "start: files are in the page cache and compiled to bytecode; ours is the whole `selfsup train` command",
+    )
 
 
 class Dino(Program):
@@ -121,15 +123,21 @@ def run_ours(folder: Path, options: dict[str, Any]) -> None:
         recorder.record = record
         return original(run, stream, recorder, *rest)
 
-    training._loop = loop
+    training._loop = loop  # type: ignore[assignment]
     main()
 
 
 def run_dino(folder: Path, options: dict[str, Any]) -> None:
     """main_dino.train_dino up to the first step's log."""
     port = 20_000 + os.getpid() % 20_000
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    main_dino = peers_dino.load(options["path"], "main_dino")
+    os.environ |= {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    main_dino: Any = peers_dino.load(options["path"], "main_dino")
     import argparse
 
     import utils

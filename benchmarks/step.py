@@ -83,6 +83,7 @@ class Bench:
             say(
                 f"  a step: ours {warm['A']:.2f} s, {peer} {warm['B']:.2f} s; {self.pairs} pairs of {count} step(s) ..."
             )
+
             def run(who: str) -> float:
                 return float(sides[who].ask("time", count=count)["seconds"]) / count
 
