@@ -80,7 +80,11 @@ def neighbours(
     if how != "bfloat16":
         # A row outside the candidates scored at most the last candidate; float32 is off by at most `slack`.
         slack = (bank.shape[1] + 8) * 2.0**-24
-        proven = scores[:, -1].double() + slack < similarities[:, k - 1] if wide < len(bank) else torch.ones(len(queries)) > 0
+        proven = (
+            scores[:, -1].double() + slack < similarities[:, k - 1]
+            if wide < len(bank)
+            else torch.ones(len(queries)) > 0
+        )
     if similarities.shape[1] < k:  # no query's candidates are complete
         similarities, indices = similarities.new_zeros(len(queries), k), indices.new_zeros(len(queries), k)
     unproven = (~proven).nonzero()[:, 0]
@@ -126,7 +130,9 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 def _norms(features: Tensor, what: str) -> Tensor:
     """float64 [N], at least 1e-12. Raises UserError for values that are not finite."""
-    out = torch.cat([_length(part) for part in features.split(_NORM_CHUNK)]) if len(features) else torch.empty(0).double()
+    out = (
+        torch.cat([_length(part) for part in features.split(_NORM_CHUNK)]) if len(features) else torch.empty(0).double()
+    )
     if not out.isfinite().all():
         row = int((~out.isfinite()).nonzero()[0])
         raise UserError(f"features: row {row} of the {what} holds NaN or infinity; finite values are needed")
@@ -230,9 +236,7 @@ def _measure(bank: Tensor, b_norms: Tensor, queries: Tensor, q_norms: Tensor, fo
     return similarities, found.gather(1, order)
 
 
-def _search_float64(
-    bank: Tensor, b_norms: Tensor, queries: Tensor, q_norms: Tensor, k: int
-) -> tuple[Tensor, Tensor]:
+def _search_float64(bank: Tensor, b_norms: Tensor, queries: Tensor, q_norms: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Every bank row in float64, for a few queries: a running top k by the rule of this module."""
     q = queries.double() / q_norms[:, None]
     best = torch.empty(len(q), 0, dtype=torch.float64)
