@@ -70,14 +70,14 @@ class Ours(Timed):
                 yield item
 
         features._batches = watched
-        self.module = features
 
     def _extract(self) -> Any:
+        from selfsup.eval.features import extract
         from selfsup.eval.poolings import Request
 
         request = Request("pooled")
         began = time.perf_counter()
-        found = self.module.extract(
+        found = extract(
             self.target, self.images, self.settings, [request], self.transform, scratch=self.folder, quiet=True
         )
         self.total += time.perf_counter() - began

@@ -22,9 +22,9 @@ if importlib.util.find_spec("benchmarks") is None:
     sys.path.append(str(ROOT))
 
 from benchmarks import compare, counts, growth, protocol, step  # noqa: E402
-from benchmarks.case import CASES  # noqa: E402
+from benchmarks.case import CASES, Case  # noqa: E402
 from benchmarks.protocol import Result  # noqa: E402
-from benchmarks.rows import ROWS  # noqa: E402
+from benchmarks.rows import ROWS, Row  # noqa: E402
 from benchmarks.sides import Machine, SideError, say  # noqa: E402
 from benchmarks.targets import judge  # noqa: E402
 
@@ -44,22 +44,21 @@ class Job:
     dtype: str = "fp32"
 
 
+def _timed(case: Case) -> Callable[[Machine, Tick], Result]:
+    return lambda machine, tick: compare.measure(case, machine, tick)
+
+
+def _step(row: Row, peer: str) -> Callable[[Machine, Tick], Result]:
+    return lambda machine, tick: step.Bench(machine).measure(row, peer, tick)
+
+
 def jobs() -> list[Job]:
-    """Everything there is, in the order in which it is measured: what takes longest last."""
-    found = [
-        Job(c.name, c.peer, c.title, c.minutes, lambda m, t, c=c: compare.measure(c, m, t))  # type: ignore[misc]
-        for c in CASES
-    ]
+    """Everything there is, in the order in which it is measured."""
+    found = [Job(c.name, c.peer, c.title, c.minutes, _timed(c)) for c in CASES]
     found += [Job(c.name, c.peer, c.title, c.minutes, c.measure) for c in counts.COUNTS]
     found += [Job(g.name, growth.NO_PEER, g.title, g.minutes, g.measure) for g in growth.GROWTHS]
     minutes = {"step": 2.6, "step-bf16": 2.0, "small": 1.0}
-    found += [
-        Job(
-            r.name, p, r.title, minutes.get(r.name, 1.0), lambda m, t, r=r, p=p: step.Bench(m).measure(r, p, t), r.dtype
-        )  # type: ignore[misc]
-        for r in ROWS
-        for p in r.peers
-    ]
+    found += [Job(r.name, p, r.title, minutes.get(r.name, 1.0), _step(r, p), r.dtype) for r in ROWS for p in r.peers]
     return found
 
 
