@@ -20,6 +20,8 @@ BLOCK = 64
 
 _QUERIES = 256
 _PIECE = 1024
+_SEEN = 4
+"""A query may have so many times `most` candidates before the last part of the bank has raised its limit."""
 _PAYS = 1.5
 _MANTISSA = 2.0**-9  # bfloat16 rounds by at most this part
 
@@ -64,6 +66,7 @@ def candidates(parts: Iterator[tuple[int, Tensor]], queries: Tensor, k: int, mos
     q_off = (queries - q.float()).norm(dim=1)  # [Q]
     top = torch.full((len(q), k), -torch.inf)
     low, bank_off = torch.empty(len(q)), torch.zeros(())
+    count = torch.zeros(len(q), dtype=torch.int64)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for start, rows in parts:
         b, off = _rounded(rows)
@@ -79,9 +82,13 @@ def candidates(parts: Iterator[tuple[int, Tensor]], queries: Tensor, k: int, mos
             low[here] = kth - 2 * (error[here] + 1.01 * _MANTISSA * kth.abs())
             flat = np.flatnonzero(_at_least(score, low[here]).numpy())
             query, row = np.divmod(flat, len(b))
+            count[here] += torch.from_numpy(np.bincount(query, minlength=len(score)))
+            if bool((count[here] > _SEEN * most).any()):  # all alike, as of a collapsed backbone: not held in memory
+                few = (count[here] <= _SEEN * most).numpy()[query]
+                flat, query, row = flat[few], query[few], row[few]
             reached = score.view(-1)[torch.from_numpy(flat)].float()
             found.append((torch.from_numpy(query + place), torch.from_numpy(row + start), reached))
-    return _table(found, low, most)
+    return _table(found, low, count <= _SEEN * most, most)
 
 
 def _rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +118,7 @@ def _at_least(score: Tensor, low: Tensor) -> Tensor:
     return score >= limit
 
 
-def _table(found: list[tuple[Tensor, Tensor, Tensor]], low: Tensor, most: int) -> Candidates:
+def _table(found: list[tuple[Tensor, Tensor, Tensor]], low: Tensor, held: Tensor, most: int) -> Candidates:
     """Those that still reach the final limits, a row a query."""
     query, row, score = (torch.cat([piece[i] for piece in found]) for i in range(3))
     kept = score >= low[query]
@@ -120,7 +127,7 @@ def _table(found: list[tuple[Tensor, Tensor, Tensor]], low: Tensor, most: int) -
     row = row[order]
     count = torch.bincount(query, minlength=len(low))
     place = torch.arange(len(query)) - (count.cumsum(0) - count)[query]
-    complete = count <= most
+    complete = held & (count <= most)
     width = int(count[complete].max()) if bool(complete.any()) else 1
     fits = complete[query]
     indices = torch.full((len(low), width), -1)

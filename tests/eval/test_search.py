@@ -177,6 +177,23 @@ def test_half_precision_with_too_many_candidates(half):
     assert found.repeated == 7 and torch.equal(found.indices, torch.arange(5).expand(7, -1))
 
 
+def test_a_collapsed_backbone_is_not_held_in_memory(half, monkeypatch: pytest.MonkeyPatch):
+    """Of queries that every row is as near to, only as many candidates are kept as there may be; the others are exact."""
+    from selfsup.eval import candidates
+
+    rng = np.random.default_rng(0)
+    rows = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(4000, 16))).float(), dim=1)
+    rows[1000:] = rows[0]
+    kept = []
+    table = candidates._table
+    monkeypatch.setattr(candidates, "_table", lambda found, *rest: kept.append(found) or table(found, *rest))
+    monkeypatch.setattr(candidates, "_SEEN", 2)
+    parts = [(start, rows[start : start + 500]) for start in range(0, 4000, 500)]
+    found = candidates.candidates(iter(parts), torch.stack([rows[0], rows[500]]), 5, most=300)
+    assert not found.complete[0] and sum(len(query) for query, _, _ in kept[0]) < 1500
+    assert found.complete[1] and set((rows @ rows[500]).topk(5).indices.tolist()) <= set(found.indices[1].tolist())
+
+
 def test_a_candidate_within_the_error_is_kept(half):
     """Rows whose order bfloat16 turns round are all candidates; without the two errors some of the nearest are lost."""
     from selfsup.eval.candidates import candidates
