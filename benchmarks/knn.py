@@ -12,7 +12,7 @@ from benchmarks import peers_dino
 from benchmarks.case import Timed
 
 TEMPERATURE = 0.07
-SPREAD = 0.6
+SPREAD = 0.3
 """Of the classes' centres, in standard deviations of a class: their cosines overlap, as a backbone's do."""
 
 
