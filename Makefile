@@ -48,8 +48,9 @@ check: $(STAMP)
 	MYPYPATH=build/types $(VENV)/bin/mypy -p selfsup -p benchmarks
 	$(TEST_ENV) $(PY) -m pytest -q tests/test_imports.py
 
+# BENCH="--peer dino=PATH" adds what is measured against dino; BENCH="--only knn --quick" looks at one row.
 bench: $(STAMP)
-	$(PY) benchmarks/run.py $(BENCH)
+	$(PY) benchmarks/run.py --json build/bench/results.json $(BENCH)
 
 slurm-up: $(STAMP)
 	$(PY) -m tests.slurm.cluster up

@@ -1,8 +1,8 @@
 """How a ratio between two programs is measured, and when it may be claimed. No torch here.
 
-One process a side, the same threads; timings interleaved A B B A, so that a drift of the machine falls on both sides
-alike; the ratio of each pair; their median with a bootstrap interval. Two processes of the same program, measured in
-the same way and in turn with the pairs, say how far the machine itself is from 1.
+One process a side, the same threads; timings interleaved A B C, C B A, where A and C are both ours: without C that is
+A B B A, so that a drift of the machine falls on both sides alike. The ratio of each pair; their median with a bootstrap
+interval. A and C, two processes of the same program, say how far the machine itself is from 1.
 """
 
 import math
@@ -11,8 +11,10 @@ import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parent.parent
 MIN_PAIRS = 15
 AA_TOLERANCE = 0.05
 RTOL = 1e-5
@@ -20,23 +22,25 @@ RTOL = 1e-5
 Timer = Callable[[], float]
 
 
-def interleave(pairs: int) -> Iterator[tuple[str, str]]:
-    """(who, with whom) for `pairs` A/B pairs and as many A/A pairs: A B B A, then A C C A, C being a second A."""
-    for block in range(0, pairs, 2):
-        for other in "BC":
-            order = ["A", other, other, "A"] if block + 1 < pairs else ["A", other]
-            yield from ((who, other) for who in order)
+def interleave(pairs: int) -> Iterator[str]:
+    """Who is timed, in order: A B C, C B A, A B C, ... for `pairs` timings of each."""
+    for n in range(pairs):
+        yield from "ABC" if n % 2 == 0 else "CBA"
 
 
-def measure(timers: Mapping[str, Timer], pairs: int) -> tuple[list[float], list[float]]:
-    """Run timers 'A' (ours), 'B' (the peer) and 'C' (ours again) interleaved.
+def measure(
+    timers: Mapping[str, Timer], pairs: int, tick: Callable[[int], object] = lambda done: None
+) -> tuple[list[float], list[float]]:
+    """Run timers 'A' (ours), 'B' (the peer) and 'C' (ours again) interleaved; tick(n) is called after the n-th pair.
 
     Returns the ratios B / A and C / A of each pair: above 1 means that A is faster.
     """
-    seconds: dict[tuple[str, str], list[float]] = {(who, other): [] for other in "BC" for who in ("A", other)}
-    for who, other in interleave(pairs):
-        seconds[who, other].append(timers[who]())
-    versus, control = ([b / a for a, b in zip(seconds["A", o], seconds[o, o], strict=True)] for o in "BC")
+    seconds: dict[str, list[float]] = {who: [] for who in "ABC"}
+    for n, who in enumerate(interleave(pairs), start=1):
+        seconds[who].append(timers[who]())
+        if n % 3 == 0:
+            tick(n // 3)
+    versus, control = ([b / a for a, b in zip(seconds["A"], seconds[who], strict=True)] for who in "BC")
     return versus, control
 
 
@@ -54,7 +58,10 @@ def bootstrap(
 
 @dataclass
 class Result:
-    """One row against one peer. Ratios are the peer's time over ours: above 1, ours is faster."""
+    """One row against one peer. Ratios are the peer's cost over ours: above 1, ours is cheaper.
+
+    With `at_most` they are ours over the peer's: the rows whose target is an upper bound.
+    """
 
     name: str
     peer: str
@@ -68,6 +75,12 @@ class Result:
     peak_bytes: int | None = None
     """Our resident memory at its highest, above what the process held after its imports."""
     claim: str = ""
+    at_most: bool = False
+    claims: bool = False
+    """Whether anything may be claimed: control, pairs and equality are in order."""
+    target: str | None = None
+    met: bool | None = None
+    """Whether the interval reaches the target; None where nothing is claimed or there is no target."""
     details: dict[str, Any] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
@@ -75,25 +88,38 @@ class Result:
         return dict(vars(self))
 
 
-def claim(ratio: float, low: float, high: float, aa: float, pairs: int, unit: str = "x as fast") -> str:
-    """What may be said: the interval's lower bound, and only if the control landed on 1."""
+def refusal(aa: float, pairs: int, least: int = MIN_PAIRS) -> str:
+    """Why nothing may be claimed, or ''."""
     if abs(aa - 1) > AA_TOLERANCE:
         return f"too noisy, nothing claimed (A/A {aa:.2f})"
-    if pairs < MIN_PAIRS:
+    if pairs < least:
         return f"{pairs} pairs are too few, nothing claimed"
+    return ""
+
+
+def claim(low: float, high: float, at_most: bool = False) -> str:
+    """What may be said: the bound of the interval that is nearer to 1, rounded towards 1."""
     low, high = math.floor(low * 100 + 1e-9) / 100, math.ceil(high * 100 - 1e-9) / 100
+    if at_most:
+        if high < 1:
+            return f"at most {high:.2f}x of the peer's"
+        return f"more: at least {low:.2f}x of the peer's" if low > 1 else "no difference shown"
     if low > 1:
-        return f"at least {low:.2f}{unit}"
+        return f"at least {low:.2f}x as fast"
     if high < 1:
-        return f"slower: at most {high:.2f}{unit}"
+        return f"slower: at most {high:.2f}x as fast"
     return "no difference shown"
 
 
-def summarise(result: Result, versus: Sequence[float], control: Sequence[float]) -> Result:
-    """Fill in ratio, interval, control and claim."""
+def summarise(
+    result: Result, versus: Sequence[float], control: Sequence[float], at_most: bool = False, least: int = MIN_PAIRS
+) -> Result:
+    """Fill in ratio, interval, control and claim. at_most: give the ratios the other way round."""
+    versus = [1 / v for v in versus] if at_most else list(versus)
     result.ratio, (result.low, result.high) = statistics.median(versus), bootstrap(versus)
-    result.aa = statistics.median(control)
-    result.claim = claim(result.ratio, result.low, result.high, result.aa, len(versus))
+    result.aa, result.at_most = statistics.median(control), at_most
+    why = refusal(result.aa, len(versus), least)
+    result.claims, result.claim = not why, why or claim(result.low, result.high, at_most)
     result.details["pairs"] = len(versus)
     return result
 
@@ -108,9 +134,10 @@ def memory_bytes(key: str) -> int:
 
 
 def thread_environment(threads: int) -> dict[str, str]:
-    """The same threads and the same waiting policy for every side, set before torch is imported."""
+    """The same threads and the same waiting policy for every side, set before torch is imported; this folder's code."""
     return {
         **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)])),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "GOMP_SPINCOUNT": "5000",  # threads of a process that waits for its turn must not burn the others' cores

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import sys
 import time
 import traceback
@@ -28,6 +29,14 @@ def gemm_peak(dtype: str, seconds: float = 0.7) -> float:
     return best
 
 
+def clock() -> float:
+    """Seconds on the wall; with SELFSUP_BENCH_CLOCK=cpu the CPU seconds of this process, its threads and its ended children."""
+    if os.environ.get("SELFSUP_BENCH_CLOCK") != "cpu":
+        return time.perf_counter()
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
 class Worker:
     """Holds one side; every public method is a command."""
 
@@ -52,6 +61,43 @@ class Worker:
         self.side = Ours(shape, tensors, PEERS[like]) if side == "ours" else PEERS[side](shape, tensors)
         return {"disclosures": list(self.side.disclosures)}
 
+    def begin(self, module: str, side: str, options: dict[str, Any], folder: str, path: str | None) -> dict[str, Any]:
+        """Build a side of a row that is not the step (see `case.py`)."""
+        import importlib
+
+        kind = importlib.import_module(f"benchmarks.{module}").SIDES[side]
+        kind.imports(path)
+        self.baseline = protocol.memory_bytes("VmRSS")
+        self.side = kind(options, Path(folder))
+        return {"disclosures": list(kind.disclosures), "shortest": kind.shortest}
+
+    def answer(self, out: str, given: str | None) -> dict[str, Any]:
+        """What the sides must agree on goes to the file `out`."""
+        from safetensors.torch import load_file, save_file
+
+        found = self.side.answer(load_file(given) if given else {})
+        save_file({k: v.contiguous().clone() for k, v in found.items()}, out)
+        return {"flops": self._flops()}
+
+    def _flops(self) -> int:
+        from torch.utils.flop_counter import FlopCounterMode
+
+        if (known := self.side.flops()) is not None:
+            return int(known)
+        with FlopCounterMode(display=False) as counter:
+            self.side.run(1)
+        return int(counter.get_total_flops())
+
+    def run(self, count: int) -> dict[str, Any]:
+        """Seconds of `count` runs of a row that is not the step."""
+        start = clock()
+        self.side.run(count)
+        return {"seconds": (clock() - start) * self.side.scale()}
+
+    def facts(self) -> dict[str, Any]:
+        """What else belongs beside the ratio."""
+        return dict(self.side.facts())
+
     def gradients(self, out: str) -> dict[str, Any]:
         """Loss of the first step; its gradients go to the file `out`."""
         from safetensors.torch import save_file
@@ -70,9 +116,21 @@ class Worker:
 
     def time(self, count: int) -> dict[str, Any]:
         """Seconds of `count` steps."""
-        start = time.perf_counter()
+        start = clock()
         self.side.step(count)
-        return {"seconds": time.perf_counter() - start}
+        return {"seconds": clock() - start}
+
+    def syncs(self, count: int) -> dict[str, Any]:
+        """Operators that make the host wait, in `count` steps."""
+        from benchmarks.counts import count_syncs
+
+        return {"syncs": count_syncs(lambda: self.side.step(count))}
+
+    def grow(self, kind: str, size: int, folder: str) -> dict[str, Any]:
+        """Costs at one size (see `growth.py`)."""
+        from benchmarks.measure_growth import KINDS
+
+        return KINDS[kind](size, Path(folder))
 
     def gemm(self, dtype: str) -> dict[str, Any]:
         """This process's best matrix product."""
@@ -80,6 +138,8 @@ class Worker:
 
     def memory(self) -> dict[str, Any]:
         """Highest resident memory so far, above what the process held after its imports."""
+        if getattr(self.side, "elsewhere", False):
+            return {"peak_bytes": None}
         return {"peak_bytes": protocol.memory_bytes("VmHWM") - self.baseline}
 
 
@@ -87,7 +147,6 @@ def main() -> None:
     """Answer until stdin ends. What libraries print goes to stderr, never into an answer."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     worker = Worker()
     for line in sys.stdin:
         request = json.loads(line)

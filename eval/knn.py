@@ -47,11 +47,11 @@ def vote(similarities: Tensor, neighbour_labels: Tensor, classes: int, k: int, t
         weights = ((s - s[:, :1]) / temperature).exp()
         votes = torch.zeros(len(s), classes, dtype=torch.float64, device=s.device).scatter_add_(1, n, weights)
         got = torch.zeros(len(s), classes, dtype=torch.bool, device=s.device).scatter_(1, n, True)
-        rounded = (votes / votes.amax(dim=1, keepdim=True) * _VOTE_ROUND).round_()
-        rounded.masked_fill_(~got, -1.0)
-        value, order = rounded.sort(dim=1, descending=True, stable=True)
-        best = order[:, : ranked.shape[1]]
-        ranked[start : start + chunk] = best.masked_fill(value[:, : ranked.shape[1]] < 0, -1)
+        rounded = votes.div_(votes.amax(dim=1, keepdim=True)).mul_(_VOTE_ROUND).round_().long()
+        # one number for "more votes, then the lower class"; no two are equal, so a partial sort has one answer
+        key = rounded.mul_(classes).add_(torch.arange(classes - 1, -1, -1, device=s.device)).masked_fill_(~got, -1)
+        best = key.topk(ranked.shape[1], dim=1).values
+        ranked[start : start + chunk] = (classes - 1 - best % classes).masked_fill_(best < 0, -1)
     return ranked
 
 

@@ -10,7 +10,7 @@ from selfsup.config import Config
 from selfsup.errors import DiskError, UserError
 from selfsup.guard.lease import Lease, holder
 
-FREE = ("workers", "checkpoint", "eval", "stop_at", "log_every", "tensorboard", "hang_timeout")
+FREE = ("workers", "checkpoint", "eval", "stop_at", "log_every", "tensorboard", "hang_timeout", "profile")
 """Keys that may change on resume."""
 
 ANNOUNCED = ("spike", "accumulate", "grad_checkpointing", "max_nonfinite", "data.max_bad_fraction")

@@ -266,6 +266,8 @@ class Config(Section):
     """Also write TensorBoard files, if that package is installed."""
     stop_at: Positive | None = None
     """End early at this step with exit code 75; schedules are left alone."""
+    profile: bool = False
+    """Write RUN/profile: a table of where a step goes, and a trace of two steps."""
     max_nonfinite: Positive = 10
     """Stop after so many steps in a row whose loss or gradients are not finite."""
     hang_timeout: Annotated[float, Field(ge=1, le=10_000_000)] = 1800

@@ -24,6 +24,7 @@ from selfsup.guard.watchdog import Watchdog
 from selfsup.initialise import initialise
 from selfsup.methods.contract import ViewBatch
 from selfsup.optim import clip_gradients, guarded_step, set_hyperparameters
+from selfsup.profile import profiled
 from selfsup.recorder import Recorder
 from selfsup.run import KEPT_AT_MOST, Run
 from selfsup.schedules import evaluate
@@ -94,6 +95,7 @@ def train(
             dist.broadcast_module(run.method)
             if config.checkpoint.keep_best and evaluate is None:
                 run.progress.note("checkpoint.keep_best keeps nothing: there is no evaluation to choose by")
+            watch = stack.enter_context(profiled(run, watch))
             return _train(run, signals, watch, evaluate, lease.check if lease is not None else lambda: None)
         except (RuntimeError, MemoryError) as error:
             if run is not None and runtime.is_out_of_memory(error):

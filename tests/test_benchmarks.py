@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import checkpoint, present, protocol, run
+from benchmarks import checkpoint, present, protocol, run, step
 from benchmarks.equality import compare, distance
 from benchmarks.protocol import Result
 from benchmarks.rows import ROWS, Row, initial_state, normalised
+from benchmarks.sides import Machine
+from benchmarks.targets import TARGETS, judge
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Row(
@@ -33,9 +35,10 @@ TINY = Row(
 
 
 def test_order_is_abba_with_a_control_in_turn():
-    order = [who for who, _ in protocol.interleave(4)]
-    assert "".join(order) == "ABBA" + "ACCA" + "ABBA" + "ACCA"
-    assert [who for who, _ in protocol.interleave(3)].count("B") == 3
+    order = "".join(protocol.interleave(4))
+    assert order == "ABCCBAABCCBA"
+    assert order.replace("C", "") == "ABBAABBA" and order.replace("B", "") == "ACCAACCA"
+    assert "".join(protocol.interleave(3)).count("B") == 3
 
 
 def test_drift_falls_on_both_sides():
@@ -66,20 +69,50 @@ def test_bootstrap_covers_the_median():
 
 
 @pytest.mark.parametrize(
-    ("ratio", "low", "high", "aa", "pairs", "expected"),
+    ("low", "high", "aa", "pairs", "expected"),
     [
-        (1.5, 1.4, 1.6, 1.06, 16, "too noisy, nothing claimed"),
-        (1.5, 1.4, 1.6, 0.94, 16, "too noisy, nothing claimed"),
-        (1.5, 1.4, 1.6, 1.00, 14, "14 pairs are too few"),
-        (1.5, 1.4, 1.6, 1.04, 15, "at least 1.40x"),
-        (1.0, 0.9, 1.1, 1.00, 15, "no difference shown"),
-        (1.1, 1.004, 1.2, 1.00, 15, "no difference shown"),
-        (1.5, 1.209, 1.6, 1.00, 15, "at least 1.20x"),
-        (0.8, 0.7, 0.9, 1.00, 15, "slower: at most 0.90x"),
+        (1.4, 1.6, 1.06, 16, "too noisy, nothing claimed"),
+        (1.4, 1.6, 0.94, 16, "too noisy, nothing claimed"),
+        (1.4, 1.6, 1.00, 14, "14 pairs are too few"),
+        (1.4, 1.6, 1.04, 15, "at least 1.40x"),
+        (0.9, 1.1, 1.00, 15, "no difference shown"),
+        (1.004, 1.2, 1.00, 15, "no difference shown"),
+        (1.209, 1.6, 1.00, 15, "at least 1.20x"),
+        (0.7, 0.9, 1.00, 15, "slower: at most 0.90x"),
     ],
 )
-def test_what_may_be_claimed(ratio, low, high, aa, pairs, expected):
-    assert protocol.claim(ratio, low, high, aa, pairs).startswith(expected)
+def test_what_may_be_claimed(low, high, aa, pairs, expected):
+    assert (protocol.refusal(aa, pairs) or protocol.claim(low, high)).startswith(expected)
+
+
+def test_upper_bounds_are_claimed_the_other_way_round():
+    result = protocol.summarise(Result("memory", "dino"), [2.0, 2.1, 2.2], [1.0, 1.01, 0.99], at_most=True, least=3)
+    assert result.ratio == pytest.approx(1 / 2.1) and result.claim == "at most 0.50x of the peer's"
+    assert judge(result).met is True and result.target == "<= 0.65x"
+    worse = protocol.summarise(Result("memory", "dino"), [0.8] * 3, [1.0] * 3, at_most=True, least=3)
+    assert worse.claim == "more: at least 1.25x of the peer's" and judge(worse).met is False
+
+
+@pytest.mark.parametrize(
+    ("low", "aa", "details", "met"),
+    [
+        (2.01, 1.0, {}, True),
+        (1.99, 1.0, {}, False),
+        (2.5, 1.08, {}, None),  # too noisy to say
+        (2.5, 1.0, {"clock": "cpu", "threads": 2}, None),  # CPU seconds of two threads
+        (2.5, 1.0, {"clock": "cpu", "threads": 1}, True),
+        (2.5, 1.0, {"data_wait": 0.08}, False),
+    ],
+)
+def test_targets_are_judged_by_the_interval(low, aa, details, met):
+    result = protocol.summarise(Result("loader", "dino"), [low] * 15, [aa] * 15)
+    result.details |= details
+    assert judge(result).met is met and result.target == ">= 2x"
+
+
+def test_every_row_of_the_issue_has_a_target():
+    rows = {(job.name, job.peer) for job in run.jobs() if job.peer != "-"}
+    assert rows == set(TARGETS)
 
 
 def test_unequal_steps_are_seen():
@@ -125,7 +158,8 @@ def test_rows_are_json_and_start_from_one_state():
 @pytest.mark.slow
 def test_step_against_lightly(tmp_path: Path):
     """Processes, pipes, equality of loss and gradients, counts, memory, table and picture; too few pairs to claim."""
-    results = run.run([TINY], {}, threads=1, pairs=2)
+    job = run.Job("tiny", "lightly", TINY.title, 1.0, lambda machine, tick: step.Bench(machine).measure(TINY, "lightly", tick))
+    results = run.run([job], {}, threads=1, pairs=2)
     (result,) = results
     assert result.claim == "2 pairs are too few, nothing claimed" or result.claim.startswith("too noisy"), result
     assert result.details["equality"]["loss"] < 1e-5 and result.details["equality"]["gradient"] < 1e-5
@@ -141,7 +175,7 @@ def test_step_against_lightly(tmp_path: Path):
 
 def test_a_wrong_step_is_never_timed(tmp_path: Path):
     """Another learning problem on one side (a warmer teacher): refused before any timing."""
-    bench = run.Bench({}, 1, 2, tmp_path)
+    bench = step.Bench(Machine({}, 1, 2, tmp_path))
     plain = bench.side
 
     def warmer(name: str, row: Row, like: str):
@@ -153,9 +187,15 @@ def test_a_wrong_step_is_never_timed(tmp_path: Path):
 
 
 def test_missing_peer_is_reported(tmp_path: Path):
-    assert "give a clone" in str(run.missing(ROWS[0], "dino", {}))
-    assert "no main_dino.py" in str(run.missing(ROWS[0], "dino", {"dino": str(tmp_path)}))
-    assert run.missing(ROWS[0], "lightly", {}) is None
+    assert "give a clone" in str(run.missing("dino", {}))
+    assert "no main_dino.py" in str(run.missing("dino", {"dino": str(tmp_path)}))
+    assert run.missing("lightly", {}) is None and run.missing("-", {}) is None
+    job = next(job for job in run.jobs() if job.name == "knn")
+    result = run.measure(job, Machine({}, 1, 1, tmp_path), lambda share: None)
+    assert result.claim.startswith("missing") and result.ratio is None
+    present.table([result])
+    present.picture([result], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 @pytest.mark.parametrize("wrong", [["--only", "stepp"], ["--peer", "solo=/x"], ["--pairs", "0"]])

@@ -18,18 +18,8 @@ FOLDERS = {"selfsup": ROOT / "selfsup", "selfsup.eval": ROOT / "eval", "selfsup.
 LEVELS = [
     {"errors", "wording", "schema", "config", "randomness", "schedules", "dist", "ema", "heads", "batchnorm", "losses"}
     | {"optim", "durable", "tensorfile", "spikes", "guard"},
-    {
-        "checkpoint",
-        "checkpoint_writer",
-        "log",
-        "health",
-        "runtime",
-        "placement",
-        "runfolder",
-        "status",
-        "signals",
-        "recorder",
-    },
+    {"checkpoint", "checkpoint_writer", "log", "health", "runtime", "placement", "runfolder", "status", "signals"}
+    | {"recorder", "profile"},
     {"backbones", "data"},
     {"methods", "recipes", "initialise", "replay"},
     {"run", "train"},

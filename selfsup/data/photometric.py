@@ -133,12 +133,15 @@ def _hue(x: Tensor, turn: Tensor) -> Tensor:
         (green - blue) / safe,
         torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )  # in sixths of a turn, -1..5
-    hue = torch.remainder(torch.floor(torch.remainder(sector / 6, 1) * 255) + torch.trunc(turn * 255), 256)
+    part = sector.div_(6)
+    hue = part.add_(part < 0).mul_(255).floor_().add_(torch.trunc(turn * 255))  # -127..382, then modulo 256
+    hue.sub_(torch.floor(hue / 256), alpha=256)
     saturation = torch.floor(255 * span / value.clamp(min=1)) / 255
     corner = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)  # red, green, blue
-    k = torch.remainder(corner + hue * (6 / 255), 6)  # [N,3,S,S]
+    k = corner + hue.mul_(6 / 255)  # [N,3,S,S], 1..11, then modulo 6
+    k.add_(k >= 6, alpha=-6)
     ramp = torch.minimum(k, 4 - k).clamp_(0, 1)
-    return torch.round(value - value * saturation * ramp)
+    return ramp.mul_(value * saturation).neg_().add_(value).round_()
 
 
 # -------------------------------------------------------------------------------------------- blur and solarization

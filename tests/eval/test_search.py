@@ -142,3 +142,80 @@ def test_on_cuda():
     found = neighbours(golden["bank"], golden["queries"], 200, device="cuda")
     assert torch.equal(found.indices, expected(golden["bank"], golden["queries"], 200)[1])
     assert found.backend.startswith("torch") and torch.get_float32_matmul_precision() == before
+
+
+@pytest.fixture
+def half(monkeypatch: pytest.MonkeyPatch):
+    """bfloat16 candidates wherever the bank is large enough, with blocks that small banks have enough of."""
+    from selfsup.eval import candidates
+
+    monkeypatch.setattr(search, "pays", lambda threads: True)
+    monkeypatch.setattr(candidates, "BLOCK", 4)
+
+
+@pytest.mark.parametrize("chunk", [64, 333, 65_536])
+@pytest.mark.parametrize("k", [1, 7, 20])
+def test_half_precision_candidates_are_exact(half, monkeypatch: pytest.MonkeyPatch, chunk: int, k: int):
+    """Clustered features, duplicates and a shared mean: the same neighbours and bits as float32 candidates give."""
+    monkeypatch.setattr(search, "_BANK_CHUNK", max(chunk, 16 * k))
+    rng = np.random.default_rng(chunk + k)
+    centres = rng.normal(size=(9, 48))
+    bank = (centres[rng.integers(9, size=2000)] + 0.3 * rng.normal(size=(2000, 48)) + 0.5).astype("f") * 7
+    bank[500:540] = bank[3]
+    bank[77] = 0
+    queries = np.concatenate([bank[:60], rng.normal(size=(40, 48)).astype("f"), np.zeros((1, 48), "f")])
+    found = neighbours(bank, queries, k)
+    assert found.backend.endswith("bfloat16")
+    other = neighbours(bank, queries, k, backend="faiss")
+    assert torch.equal(found.indices, other.indices) and torch.equal(found.similarities, other.similarities)
+    assert torch.equal(found.indices, expected(bank, queries, k)[1])
+
+
+def test_half_precision_with_too_many_candidates(half):
+    """A collapsed backbone: every row is a candidate, and the queries are searched in float64."""
+    found = neighbours(np.full((500, 8), 0.37, dtype="f"), np.full((7, 8), 0.37, dtype="f"), 5)
+    assert found.repeated == 7 and torch.equal(found.indices, torch.arange(5).expand(7, -1))
+
+
+def test_a_collapsed_backbone_is_not_held_in_memory(half, monkeypatch: pytest.MonkeyPatch):
+    """Of queries that every row is as near to, only as many candidates are kept as there may be; the others are exact."""
+    from selfsup.eval import candidates
+
+    rng = np.random.default_rng(0)
+    rows = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(4000, 16))).float(), dim=1)
+    rows[1000:] = rows[0]
+    kept = []
+    table = candidates._table
+    monkeypatch.setattr(candidates, "_table", lambda found, *rest: kept.append(found) or table(found, *rest))
+    monkeypatch.setattr(candidates, "_SEEN", 2)
+    parts = [(start, rows[start : start + 500]) for start in range(0, 4000, 500)]
+    found = candidates.candidates(iter(parts), torch.stack([rows[0], rows[500]]), 5, most=300)
+    assert not found.complete[0] and sum(len(query) for query, _, _ in kept[0]) < 1500
+    assert found.complete[1] and set((rows @ rows[500]).topk(5).indices.tolist()) <= set(found.indices[1].tolist())
+
+
+def test_a_candidate_within_the_error_is_kept(half):
+    """Rows whose order bfloat16 turns round are all candidates; without the two errors some of the nearest are lost."""
+    from selfsup.eval.candidates import candidates
+
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(1, 64))
+    rows = torch.from_numpy(base + 0.02 * rng.normal(size=(900, 64))).float()
+    rows = torch.nn.functional.normalize(rows, dim=1)
+    query = torch.nn.functional.normalize(torch.from_numpy(base).float(), dim=1)
+    nearest = (rows.double() @ query[0].double()).topk(8).indices
+    wrong = (rows.bfloat16() @ query[0].bfloat16()).float().topk(8).indices
+    assert set(wrong.tolist()) != set(nearest.tolist())
+    found = candidates(iter([(0, rows)]), query, 8, most=900)
+    assert found.complete.all() and set(nearest.tolist()) <= set(found.indices[0].tolist())
+
+
+def test_bfloat16_limits_are_never_above(half):
+    """The limit in bfloat16 keeps every score at or above the one in float32, for either sign."""
+    from selfsup.eval.candidates import _at_least
+
+    score = torch.linspace(-1, 1, 4001).bfloat16()[None]
+    for low in (-0.9, -0.3001, 0.0, 1e-3, 0.24999, 0.5, 0.7773):
+        kept = _at_least(score, torch.tensor([low]))
+        assert kept[score.float() >= low].all()
+        assert not kept[score.float() < low - 0.01].any()
