@@ -12,6 +12,7 @@ import pytest
 from tests.slurm.cluster import Slurm, base_folder, missing
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that use the fixture have the marker; one worker of pytest-xdist runs them all, and begins with them.
 
