@@ -20,7 +20,7 @@ JOBS ?= 2
 
 # One thread a test process: two that spin for the same cores are many times slower than either alone.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 GOMP_SPINCOUNT=5000 HF_HUB_OFFLINE=1
-PYTEST := $(TEST_ENV) $(PY) -m pytest -n $(JOBS) --dist loadgroup --durations=15
+PYTEST := $(TEST_ENV) $(PY) -m pytest -n $(JOBS) --dist worksteal --durations=15
 
 help:
 	@sed -n '2,5s/^# *//p' Makefile

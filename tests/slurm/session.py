@@ -12,16 +12,15 @@ import pytest
 from tests.slurm.cluster import Slurm, base_folder, missing
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that use the fixture have the marker; one worker of pytest-xdist runs them all, and begins with them.
+    """Tests that use the fixture have the marker, and come first.
 
-    They take turns anyway; two workers with such tests would wait for one another.
+    They take turns, so two workers of pytest-xdist with such tests would wait for one another. As --dist=worksteal hands out
+    tests, the first worker gets all of them, and the others take from the end of its list.
     """
     for item in items:
         if "slurm" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slurm)
-            item.add_marker(pytest.mark.xdist_group("slurm"))
     items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
 
 
