@@ -1,6 +1,7 @@
 """Settings of every test process: one thread, no network for models, and no silent skips in continuous integration."""
 
 import os
+import signal
 import sys
 
 # Before torch or huggingface_hub is imported by anyone; child processes inherit them.
@@ -10,6 +11,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
 for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_PROCID", "SLURM_NTASKS"):
     os.environ.pop(_name, None)  # a test started inside a job is not a rank of it
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what it runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what tests start is interrupted as on a terminal
 
 import pytest  # noqa: E402
 
