@@ -121,12 +121,12 @@ def knn(size: int, folder: Path) -> Found:
     from selfsup.eval import knn as evaluation
 
     draw = torch.Generator().manual_seed(0)
-    labels = torch.randint(100, (size,), generator=draw).numpy()
+    labels, wanted = (torch.randint(100, (n,), generator=draw).numpy() for n in (size, 500))
     bank, queries = (torch.randn(n, 384, generator=draw).numpy() for n in (size, 500))
     before = protocol.memory_bytes("VmRSS")
 
     def run() -> None:
-        evaluation.classify(bank, labels, queries, labels[:500], ks=(20, 200))
+        evaluation.classify(bank, labels, queries, wanted, ks=(20, 200))
 
     seconds = fastest(run, times=3 if size <= 10**5 else 1)
     return {"costs": {"seconds": seconds, "MB above the bank": (protocol.memory_bytes("VmHWM") - before) / 1e6}}
