@@ -1,5 +1,6 @@
 """Training on a real Slurm of two nodes: what clusters do to a job, and the same run bit for bit in the end."""
 
+import contextlib
 import json
 import os
 import re
@@ -114,9 +115,12 @@ def test_node_failure(runs: Runs, node: str):
     runs.slurm.reconfigure(SlurmdTimeout=10)
     run = runs.submit(f"node {node} lost")
     run.starts(1)
-    step = run.checkpointed()
+    step, rank = run.checkpointed(), run.rank_pid(0)
+    os.kill(rank, signal.SIGSTOP)  # until Slurm has noticed: it might be done by then
     run.slurm.kill_slurmd(node)
     run.until(lambda: int(run.slurm.job(run.job).get("Restarts", 0)) > 0, 120, "it is not requeued")
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(rank, signal.SIGCONT)
     run.slurm.start_slurmd(node)
     run.starts(2)
     assert run.events("start")[-1]["step"] >= step
