@@ -66,7 +66,7 @@ def test_a_life(here: Slurm, sacct: bool):
 def test_ending(here: Slurm, sacct: bool):
     """A job whose script outlives scancel for a while: squeue says COMPLETING, and sacct why."""
     here.reconfigure(sacct=sacct, KillWait=60)
-    script = "#!/bin/bash\ntrap : TERM\nsrun sleep 600\nsleep 600\n"
+    script = "#!/bin/bash\ntrap : TERM\nsrun sleep 600\ntrap '' TERM\nsleep 600\n"
     job, other = (here.submit(*OPTIONS, script=script) for _ in range(2))
     for each in (job, other):
         here.wait(each, "RUNNING")

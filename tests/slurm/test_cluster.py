@@ -232,7 +232,7 @@ def test_command_line(folder: Path, capsys: pytest.CaptureFixture[str]):
     assert subprocess.run(["srun", "echo", "hello"], env=shell, capture_output=True, timeout=30).stdout == b"hello\n"
     pids = processes(Path(conf.group(1)))
     assert cluster.main(["up", str(folder)]) == 0
-    assert processes(Path(conf.group(1))) == pids, "it was up already"
+    assert set(processes(Path(conf.group(1)))) <= set(pids), "it was up already"  # but for what srun left behind
     assert cluster.main(["status", str(folder)]) == 0
     assert cluster.main(["down", str(folder)]) == 0
     assert cluster.main(["down", str(folder)]) == 0
