@@ -54,6 +54,17 @@ def pytest_make_collect_report(collector):
 
 
 @pytest.fixture(autouse=True)
+def _restore_signals():
+    """The command line, run inside a test, leaves stop signals ignored; processes that later tests start inherit that."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        if handler is not None and signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
 def _restore_threads():
     """A run inside a test sets torch's thread count; the tests after it must not compute with another one."""
     before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 1

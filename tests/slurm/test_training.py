@@ -131,9 +131,16 @@ def test_node_failure(runs: Runs, node: str):
 
 def test_time_limit(runs: Runs):
     """A job of three minutes, told 30 s before the limit (Slurm may be a minute early), goes on in the next one."""
-    late = 'setup=["[ -n \\"${SLURM_RESTART_COUNT-}\\" ] || sleep 105"]'
+    late = 'setup=["[ -n \\"${SLURM_RESTART_COUNT-}\\" ] || sleep 60"]'
     run = runs.submit("limited", "time=3", "signal_before_s=30", late)
-    run.until(lambda: run.reasons(), 240, "it is not requeued")
+    run.starts(1, timeout=180)
+    rank = run.rank_pid(0)
+    os.kill(rank, signal.SIGSTOP)  # it might be done by then; Slurm continues whom it signals
+    try:
+        run.until(lambda: run.reasons(), 150, "it is not requeued")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGCONT)
     run.ends("completed")
     assert run.reasons() == ["time limit"]
     run.same_as(runs.undisturbed())
