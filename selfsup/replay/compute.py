@@ -89,6 +89,7 @@ def _configuration(config: Config) -> Config:
             "deterministic": device == "cpu",
             "compile": False,
             "grad_checkpointing": False,
+            "shortcuts": (),  # every module is called, so that it can be watched
             "backbone": config.backbone.model_copy(update={"pretrained": False}),
         }
     )
