@@ -86,9 +86,10 @@ def _images(x: Tensor, spans: list[Span]) -> list[Tensor]:
 def _block(block: Any, x: Tensor, spans: list[Span]) -> Tensor:
     restart(block)  # its layers are called, not itself
     a = attention(norm_linear(x, block.norm1, block.attn.qkv), spans, block.attn.num_heads)
-    x = x + _dropped(block.drop_path1, block.ls1(linear(a, block.attn.proj)), spans)
+    y = block.ls1(linear(a, block.attn.proj))
+    x = x + _dropped(block.drop_path1, y, spans).to(x.dtype)  # first .to: CPUs add two types at a third of the speed
     y = gelu_linear(norm_linear(x, block.norm2, block.mlp.fc1), block.mlp.act, block.mlp.fc2)
-    return x + _dropped(block.drop_path2, block.ls2(y), spans)
+    return x + _dropped(block.drop_path2, block.ls2(y), spans).to(x.dtype)
 
 
 def _dropped(drop_path: nn.Module, y: Tensor, spans: list[Span]) -> Tensor:

@@ -61,9 +61,8 @@ class _PrototypeLoss(torch.autograd.Function):
         gx = ((s @ low).to(x.dtype) * unit).view_as(x)
         gv = gg = None
         if ctx.needs_input_grad[1]:
-            gv = v * (along * -unit / length.square())[:, None]  # [K, D]: nothing along v itself
-            xs = (x * unit).flatten(0, 1).to(s.dtype)
-            gv = gv.addmm_(s.t(), xs) if s.dtype == gv.dtype else gv.add_(s.t() @ xs)
+            gv = (s.t() @ (x * unit).flatten(0, 1).to(s.dtype)).to(v.dtype)  # [K, D]
+            gv.addcmul_(v, (along * -unit / length.square())[:, None])  # nothing along v itself
         if ctx.needs_input_grad[2]:
             gg = (along * unit)[:, None] / g
         return gx, gv, gg, None, None, None

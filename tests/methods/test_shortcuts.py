@@ -8,7 +8,7 @@ from selfsup.methods.contract import ViewBatch
 from selfsup.schema import Shortcut
 from tests.methods.tiny import tiny_config
 
-ALL: tuple[Shortcut, ...] = ("packed", "cls", "prototypes")
+ALL: tuple[Shortcut, ...] = ("packed", "cls", "prototypes", "heap")
 
 
 def step(shortcuts: tuple[str, ...], *overrides: str):
