@@ -122,5 +122,5 @@ def _last_block(block: Any, x: Tensor, spans: list[Span]) -> Tensor:
         seen.append(p.to(y.dtype) @ y)  # [n, H, D]
     v = torch.einsum("nhc,hdc->nhd", torch.cat(seen), wv.unflatten(0, heads)).flatten(1)  # [images, D]
     x = torch.cat([y[:, 0] for y in _images(x, spans)])
-    x = x + block.drop_path1(block.ls1(linear(v if bv is None else v + bv, attn.proj)))
+    x = x + block.drop_path1(block.ls1(linear([v if bv is None else v + bv], attn.proj)))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))

@@ -36,8 +36,10 @@ class _PrototypeLoss(torch.autograd.Function):
         targets, terms = teacher.shape[0], count_pairs(views, teacher.shape[0]) * batch
         length = torch.linalg.vector_norm(v, dim=1)  # [K]
         factor = g[:, 0] / length / temperature  # [K]
-        low = v.to(dtype)
-        s = x.flatten(0, 1).to(dtype) @ low.t()  # [V*B, K]: x . v; below, view by view, the gradient with respect to it
+        rows = x.flatten(0, 1).to(dtype)  # [V*B, D]
+        s = rows.new_empty(rows.shape[0], v.shape[0])  # [V*B, K]: x . v, then the gradient with respect to it
+        for part in _chunks(v):
+            s[:, part] = rows @ v[part].to(dtype).t()
         total = teacher.sum(0)  # [B, K]
         loss, along = total.new_zeros(()), torch.zeros_like(factor)
         for view, products in enumerate(s.split(batch)):
@@ -49,20 +51,30 @@ class _PrototypeLoss(torch.autograd.Function):
             gz = p.mul_(n).sub_(own)  # [B, K], times `terms`
             along += z.mul_(gz).sum(0)  # [K]: the gradient with respect to log |w|
             products.copy_(gz.mul_(factor))
-        ctx.save_for_backward(x, v, g, low, s, length, along)
+        ctx.save_for_backward(x, v, g, s, length, along)
         ctx.terms = terms
         return loss / terms
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        x, v, g, low, s, length, along = ctx.saved_tensors
+        x, v, g, s, length, along = ctx.saved_tensors
         unit = upstream / ctx.terms
-        gx = ((s @ low).to(x.dtype) * unit).view_as(x)
-        gv = gg = None
-        if ctx.needs_input_grad[1]:
-            gv = (s.t() @ (x * unit).flatten(0, 1).to(s.dtype)).to(v.dtype)  # [K, D]
-            gv.addcmul_(v, (along * -unit / length.square())[:, None])  # nothing along v itself
+        scaled = (x * unit).flatten(0, 1).to(s.dtype)  # [V*B, D]
+        gx, gg = torch.zeros_like(x).flatten(0, 1), None
+        gv = torch.empty_like(v) if ctx.needs_input_grad[1] else None
+        for part in _chunks(v):
+            gx += s[:, part] @ v[part].to(s.dtype)
+            if gv is not None:
+                gv[part] = s[:, part].t() @ scaled
+                gv[part].addcmul_(
+                    v[part], (along[part] * -unit / length[part].square())[:, None]
+                )  # none along v itself
         if ctx.needs_input_grad[2]:
             gg = (along * unit)[:, None] / g
-        return gx, gv, gg, None, None, None
+        return (gx * unit).view_as(x), gv, gg, None, None, None
+
+
+def _chunks(v: Tensor, size: int = 8192) -> list[slice]:
+    """Rows of [K, D] of which copies in a lower precision are made at a time."""
+    return [slice(start, start + size) for start in range(0, v.shape[0], size)]
