@@ -149,10 +149,11 @@ class DINO(nn.Module):
         )
         x = self.student.head.bottleneck(torch.cat(pooled)).unflatten(0, (views, size))  # [V, B, bottleneck]
         frozen, temperature = s["freeze_last_layer"] > 0, self.options.student_temp
-        if "prototypes" in self.shortcuts:
-            loss = prototype_loss(x, *self.student.head.last_layer.parts(frozen), q, temperature)
+        prototypes = self.student.head.last_layer
+        if "prototypes" in self.shortcuts and not prototypes._forward_hooks:  # whoever watches it wants it called
+            loss = prototype_loss(x, *prototypes.parts(frozen), q, temperature)
         else:
-            loss = dino_loss(self.student.head.last_layer(x, frozen), q, temperature)
+            loss = dino_loss(prototypes(x, frozen), q, temperature)
 
         with torch.no_grad():
             entropy, information = teacher_health(q)
