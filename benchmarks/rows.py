@@ -26,7 +26,7 @@ class Row:
     dtype: str = "fp32"
     """fp32, or bf16: autocast with fp32 master weights."""
     channels: int = 3
-    batch: int = 4
+    batch: int = 8
     global_size: int = 224
     local_size: int = 96
     locals: int = 8
@@ -51,7 +51,7 @@ class Row:
 
 STEP = Row(
     name="step",
-    title="DINO step, ViT-S/16, 2x224 + 8x96, K = 65,536, batch 4, fp32",
+    title="DINO step, ViT-S/16, 2x224 + 8x96, K = 65,536, batch 8, fp32",
     peers=("lightly", "dino"),
     backbone="vit_small_patch16_224",
     dino_arch="vit_small",

@@ -22,9 +22,14 @@ class Prototypes(nn.Module):
 
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
         """x [..., in_dim] -> [..., out_dim]. frozen: no gradient for the prototypes (there is one for x)."""
-        v, g = (self.weight_v.detach(), self.weight_g.detach()) if frozen else (self.weight_v, self.weight_g)
-        weight = v * (g / v.norm(dim=1, keepdim=True))  # [out_dim, in_dim]
-        return F.linear(x, weight)
+        v, g = self.parts(frozen)
+        return (
+            F.linear(x, v) * (g / v.norm(dim=1, keepdim=True)).t()
+        )  # columns scaled: v is much larger than the output
+
+    def parts(self, frozen: bool = False) -> tuple[Tensor, Tensor]:
+        """(v [out_dim, in_dim], g [out_dim, 1]); the weight is g v / |v|, row by row."""
+        return (self.weight_v.detach(), self.weight_g.detach()) if frozen else (self.weight_v, self.weight_g)
 
 
 class DINOHead(nn.Module):
@@ -58,6 +63,9 @@ class DINOHead(nn.Module):
 
     def forward(self, x: Tensor, frozen_prototypes: bool = False) -> Tensor:
         """x [N, in_dim] -> logits [N, out_dim]."""
-        x = self.mlp(x)  # [N, bottleneck]
-        x = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
-        return self.last_layer(x, frozen=frozen_prototypes)
+        return self.last_layer(self.bottleneck(x), frozen=frozen_prototypes)
+
+    def bottleneck(self, x: Tensor) -> Tensor:
+        """x [N, in_dim] -> what is compared with the prototypes: [N, bottleneck_dim], of length 1."""
+        x = self.mlp(x)
+        return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)

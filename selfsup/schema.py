@@ -5,7 +5,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -36,6 +36,7 @@ Duration = Annotated[str, AfterValidator(_check_duration)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0, le=10**15)]
 Range = tuple[float, float]
+Shortcut = Literal["packed", "cls", "prototypes", "heap"]
 
 
 class Section(BaseModel):
@@ -258,6 +259,11 @@ class Config(Section):
     parallel: Literal["ddp"] = "ddp"
     compile: bool = False
     grad_checkpointing: bool = False
+    shortcuts: tuple[Shortcut, ...] = get_args(Shortcut)
+    """Ways to the same numbers, up to the order of sums, in less time and memory; [] computes everything as it is written
+    in the papers. packed: plain ViTs take crops of all sizes through their linear layers at once, and keep less for the
+    backward pass; cls: their last block computes CLS alone where only CLS is used (with packed); prototypes: the loss over
+    prototypes in one function with a gradient of its own; heap: on a CPU memory that a step frees is kept for the next."""
     workers: Annotated[int, Field(ge=0)] = 2
     threads: Positive | None = None
     """Compute threads a process; null: this machine's CPUs shared among its ranks."""

@@ -1,13 +1,15 @@
 """`Backbone`: any timm model behind one interface (see `Features`)."""
 
+import contextlib
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from selfsup.backbones import packed
 from selfsup.backbones.checkpointing import set_checkpointing
 from selfsup.backbones.features import Features
 from selfsup.backbones.positions import PosInterp
@@ -15,7 +17,12 @@ from selfsup.backbones.stochastic import restart
 from selfsup.errors import UserError
 
 Size = int | tuple[int, int]
+Draw = Callable[[Any], contextlib.AbstractContextManager[None]]
 _ATTENTION_ELEMENTS = 1 << 27  # attention matrices are made for so many images at a time: 512 MB in float32
+
+
+def _draw_nothing(samples: Any) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
 
 
 class Backbone(nn.Module):
@@ -23,7 +30,7 @@ class Backbone(nn.Module):
 
     `name`, `options`: what rebuilds it with `timm.create_model`. `mean`, `std`: of images in [0, 1], a value a channel.
     `input_size`: pixels, the size it was built for. `embed_dim`: D of `Features.pooled`. `stride`: pixels a patch.
-    `pos_interp`: see `positions.py`.
+    `pos_interp`: see `positions.py`. `shortcuts`: those of the configuration that `embed` may take.
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class Backbone(nn.Module):
         self.image_size: tuple[int, int] = _pair(input_size)
         self.pos_interp = pos_interp
         self.embed_dim = int(getattr(model, "head_hidden_size", None) or model.num_features)  # type: ignore[arg-type]
+        self.shortcuts: frozenset[str] = frozenset()
         self._fixed: bool | None = None
 
     # ---------------------------------------------------------------------------------------------------- properties
@@ -97,6 +105,24 @@ class Backbone(nn.Module):
         """[B, C, H, W], normalised -> Features. Raises UserError for sizes the model does not take."""
         out = self._run("forward_features", images)
         return self._split(out, self.model.forward_head(out), images)  # type: ignore[operator]
+
+    def embed(
+        self, images: Sequence[Tensor], samples: Sequence[Tensor] = (), draw: Draw = _draw_nothing
+    ) -> list[Tensor]:
+        """`forward(...).pooled` [B, D] of batches [B, C, H, W], each of another size; at once if `shortcuts` allow it.
+
+        samples: one number a row of each batch; draw(samples) is the context in which stochastic layers run.
+        """
+        if "packed" in self.shortcuts and not self._compiled_call_impl and packed.fits(self.model):
+            for batch in images:
+                self._check(batch)
+            with draw(torch.cat(list(samples)) if samples else None):
+                return packed.embed(self.model, images, cls="cls" in self.shortcuts)  # type: ignore[arg-type]
+        out = []
+        for i, batch in enumerate(images):
+            with draw(samples[i] if samples else None):
+                out.append(self(batch).pooled)
+        return out
 
     def feature_maps(self, images: Tensor, layers: Sequence[int] | int, norm: bool = True) -> list[Tensor]:
         """Maps after the given layers (blocks of a ViT, stages of a pyramid; negative from the end; int: the last n).
@@ -164,11 +190,7 @@ class Backbone(nn.Module):
 
     def _run(self, method: str, images: Tensor, **kwargs: Any) -> Any:
         """A method of the timm model; its assertions about sizes become UserErrors."""
-        if images.ndim != 4 or images.shape[1] != self.in_chans:
-            raise UserError(f"images of shape {tuple(images.shape)}: {self.name} takes [B, {self.in_chans}, H, W]")
-        message = self._misfit(images.shape[2], images.shape[3])
-        if message is not None:
-            raise UserError(message)
+        self._check(images)
         restart(self.model)  # a method is called, not the module: its hooks do not run
         try:
             return getattr(self.model, method)(images, **kwargs)
@@ -176,6 +198,13 @@ class Backbone(nn.Module):
             if torch.compiler.is_compiling():
                 raise
             raise UserError(f"size {_show(tuple(images.shape[-2:]))}: {self.name}: {error}") from None
+
+    def _check(self, images: Tensor) -> None:
+        if images.ndim != 4 or images.shape[1] != self.in_chans:
+            raise UserError(f"images of shape {tuple(images.shape)}: {self.name} takes [B, {self.in_chans}, H, W]")
+        message = self._misfit(images.shape[2], images.shape[3])
+        if message is not None:
+            raise UserError(message)
 
     def _is_dynamic(self) -> bool:
         """A plain ViT: any multiple of its patch."""

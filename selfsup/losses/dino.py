@@ -16,6 +16,13 @@ def teacher_probabilities(logits: Tensor, center: Tensor, temperature: float) ->
     return torch.softmax((at_least_float32(logits) - center) / temperature, dim=-1)
 
 
+def count_pairs(views: int, targets: int) -> int:
+    """Pairs of a teacher's view and another view of the student; the teacher's views are the first `targets`."""
+    if views < 2 or targets > views:
+        raise ValueError(f"DINO compares different views: {views} student and {targets} teacher views are too few")
+    return targets * (views - 1)
+
+
 def dino_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Mean cross-entropy H(teacher view t, student view s) over the images and all pairs with s != t.
 
@@ -26,15 +33,13 @@ def dino_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """
     views, batch, _ = student.shape
     targets = teacher.shape[0]
-    if views < 2 or targets > views:
-        raise ValueError(f"DINO compares different views: {views} student and {targets} teacher views are too few")
+    pairs = count_pairs(views, targets)
     z = at_least_float32(student) / temperature  # [V, B, K]
     lse = torch.logsumexp(z, dim=-1)  # [V, B]
     total = teacher.sum(0)  # [B, K]
     own = total - teacher  # [T, B, K]: a teacher's view is not compared with itself
     dots = (own * z[:targets]).sum() + (total * z[targets:]).sum()
     partition = (targets - 1) * lse[:targets].sum() + targets * lse[targets:].sum()
-    pairs = targets * (views - 1)
     return (partition - dots) / (pairs * batch)
 
 

@@ -7,6 +7,7 @@ image. Centring and sharpening of the teacher's output keep it from collapsing. 
 
 import contextlib
 import copy
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Annotated
@@ -25,6 +26,7 @@ from selfsup.ema import ema_update
 from selfsup.errors import UserError
 from selfsup.heads import DINOHead
 from selfsup.losses.dino import at_least_float32, dino_loss, teacher_health, teacher_probabilities
+from selfsup.losses.prototypes import prototype_loss
 from selfsup.methods.contract import ViewBatch
 from selfsup.schedules import Plan, Schedule, cosine, linear
 
@@ -99,6 +101,7 @@ class DINO(nn.Module):
             batch_norm=options.head_batch_norm,
             norm_last_layer=options.norm_last_layer,
         )
+        self.shortcuts = backbone.shortcuts = frozenset(config.shortcuts)
         self.student = Network(backbone, head)
         self.teacher = copy.deepcopy(self.student)
         strip_stochastic_layers(self.teacher)  # the teacher drops nothing
@@ -131,22 +134,26 @@ class DINO(nn.Module):
 
         with torch.no_grad():
             images = batch.images[0]  # [G, B, C, S, S]
-            features = self.teacher.backbone(images.flatten(0, 1)).pooled  # [G*B, D]
+            (features,) = self.teacher.backbone.embed([images.flatten(0, 1)])  # [G*B, D]
             t = self.teacher.head(features).unflatten(0, (self.global_views, size))  # [G, B, K]
             t = at_least_float32(t)
             q = teacher_probabilities(t, self.center, s["teacher_temp"])  # [G, B, K]
             self.batch_sum += t.sum(dim=(0, 1))
             self.batch_count += t.shape[0] * t.shape[1]
 
-        pooled = []
-        seen = 0
-        for kind, images in enumerate(batch.images):  # one forward pass a resolution
-            keys = batch.keys(kind, seen)
-            with contextlib.nullcontext() if self.random is None else self.random.at(batch.step, keys):
-                pooled.append(self.student.backbone(images.flatten(0, 1)).pooled)  # [views*B, D]
-            seen += images.shape[0]
-        z = self.student.head(torch.cat(pooled), frozen_prototypes=s["freeze_last_layer"] > 0)  # [V*B, K]
-        loss = dino_loss(z.unflatten(0, (views, size)), q, self.options.student_temp)
+        seen = [0, *itertools.accumulate(images.shape[0] for images in batch.images)]
+        pooled = self.student.backbone.embed(  # [views*B, D] a size
+            [images.flatten(0, 1) for images in batch.images],
+            [batch.keys(kind, seen[kind]) for kind in range(len(batch.images))],
+            lambda keys: contextlib.nullcontext() if self.random is None else self.random.at(batch.step, keys),
+        )
+        x = self.student.head.bottleneck(torch.cat(pooled)).unflatten(0, (views, size))  # [V, B, bottleneck]
+        frozen, temperature = s["freeze_last_layer"] > 0, self.options.student_temp
+        prototypes = self.student.head.last_layer
+        if "prototypes" in self.shortcuts and not prototypes._forward_hooks:  # whoever watches it wants it called
+            loss = prototype_loss(x, *prototypes.parts(frozen), q, temperature)
+        else:
+            loss = dino_loss(prototypes(x, frozen), q, temperature)
 
         with torch.no_grad():
             entropy, information = teacher_health(q)

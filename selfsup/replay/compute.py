@@ -137,17 +137,52 @@ def _plan(precision: str, scale: float | None) -> Iterator[tuple[str, float]]:
 def _attempt(
     method: Any, refused: Refused, config: Config, device: torch.device, precision: str, scale: float
 ) -> dict[str, Any]:
-    """Forward and backward pass of every micro-batch, as the trainer does them."""
+    """Forward and backward pass of every micro-batch, as the trainer does them; if that is not finite, again while watched.
+
+    Methods take no shortcuts (`Config.shortcuts`) around modules that are watched: so the figures are of the first pass.
+    """
     config = config.model_copy(update={"precision": precision})
-    before = {name: buffer.clone() for name, buffer in method.named_buffers()}
     method.to(dtype=torch.float64 if precision == "fp64" else torch.float32)
+    losses = _pass(method, refused, config, device, scale, None)
+    gradients = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
+    torch._foreach_mul_(list(gradients.values()), 1.0 / scale)
+    norm = float(
+        clip_gradients([p for p in method.parameters() if p.grad is not None] or [*method.parameters()], None, "")
+    )
+    mean = {k: sum(part[k] for part in losses) / len(losses) for k in losses[0]}
+    finite, unfinite = math.isfinite(mean["loss"]) and math.isfinite(norm), _unfinite(gradients)
+    watch = _Watch(method)
+    try:
+        if not finite:
+            _pass(method, refused, config, device, scale, watch)
+    finally:
+        watch.remove()
+    return {
+        "precision": precision,
+        "loss_scale": scale,
+        "loss": mean["loss"],
+        "parts": mean,
+        "micro": losses,
+        "grad_norm": norm,
+        "finite": finite,
+        "forward": watch.forward,
+        "backward": watch.backward if watch.forward is None else None,
+        "gradients": unfinite,
+    }
+
+
+def _pass(
+    method: Any, refused: Refused, config: Config, device: torch.device, scale: float, watch: "_Watch | None"
+) -> list[dict[str, float]]:
+    """What each micro-batch gave; the gradients are left in the parameters, the buffers as they were."""
+    before = {name: buffer.clone() for name, buffer in method.named_buffers()}
     method.zero_grad(set_to_none=True)
     losses: list[dict[str, float]] = []
-    watch = _Watch(method)
     count = len(refused.batches)
     try:
         for micro in range(count):
-            watch.micro = micro
+            if watch is not None:
+                watch.micro = micro
             views = _views(refused, micro, config, device)
             try:
                 with runtime.autocast(config):
@@ -158,27 +193,9 @@ def _attempt(
                 why = _short(error)
                 raise UserError(f"{refused.folder}: {config.method.name} cannot compute this batch: {why}") from error
     finally:
-        watch.remove()
         for name, buffer in method.named_buffers():  # a forward pass may move some
             buffer.data = before[name]
-    gradients = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
-    torch._foreach_mul_(list(gradients.values()), 1.0 / scale)
-    norm = float(
-        clip_gradients([p for p in method.parameters() if p.grad is not None] or [*method.parameters()], None, "")
-    )
-    mean = {k: sum(part[k] for part in losses) / count for k in losses[0]}
-    return {
-        "precision": precision,
-        "loss_scale": scale,
-        "loss": mean["loss"],
-        "parts": mean,
-        "micro": losses,
-        "grad_norm": norm,
-        "finite": math.isfinite(mean["loss"]) and math.isfinite(norm),
-        "forward": watch.forward,
-        "backward": watch.backward if watch.forward is None else None,
-        "gradients": _unfinite(gradients),
-    }
+    return losses
 
 
 def _views(refused: Refused, micro: int, config: Config, device: torch.device) -> ViewBatch:
