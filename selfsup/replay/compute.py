@@ -143,13 +143,12 @@ def _attempt(
     """
     config = config.model_copy(update={"precision": precision})
     method.to(dtype=torch.float64 if precision == "fp64" else torch.float32)
-    losses = _pass(method, refused, config, device, scale, None)
+    losses, mean = _pass(method, refused, config, device, scale, None)
     gradients = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
     torch._foreach_mul_(list(gradients.values()), 1.0 / scale)
     norm = float(
         clip_gradients([p for p in method.parameters() if p.grad is not None] or [*method.parameters()], None, "")
     )
-    mean = {k: sum(part[k] for part in losses) / len(losses) for k in losses[0]}
     finite, unfinite = math.isfinite(mean["loss"]) and math.isfinite(norm), _unfinite(gradients)
     watch = _Watch(method)
     try:
@@ -173,11 +172,13 @@ def _attempt(
 
 def _pass(
     method: Any, refused: Refused, config: Config, device: torch.device, scale: float, watch: "_Watch | None"
-) -> list[dict[str, float]]:
-    """What each micro-batch gave; the gradients are left in the parameters, the buffers as they were."""
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """What each micro-batch gave, and the mean, summed as the trainer does; the gradients are left in the parameters, the
+    buffers as they were."""
     before = {name: buffer.clone() for name, buffer in method.named_buffers()}
     method.zero_grad(set_to_none=True)
     losses: list[dict[str, float]] = []
+    mean: dict[str, Any] = {}
     count = len(refused.batches)
     try:
         for micro in range(count):
@@ -189,13 +190,14 @@ def _pass(
                     out = method(views, dict(refused.info.schedules))
                 (out["loss"] / count * scale).backward()
                 losses.append({k: float(v.detach()) for k, v in out.items()})
+                mean = {k: mean.get(k, 0) + v.detach() / count for k, v in out.items()}
             except Exception as error:  # a method's own code, on what a file says
                 why = _short(error)
                 raise UserError(f"{refused.folder}: {config.method.name} cannot compute this batch: {why}") from error
     finally:
         for name, buffer in method.named_buffers():  # a forward pass may move some
             buffer.data = before[name]
-    return losses
+    return losses, {k: float(v) for k, v in mean.items()}
 
 
 def _views(refused: Refused, micro: int, config: Config, device: torch.device) -> ViewBatch:
