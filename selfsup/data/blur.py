@@ -15,15 +15,29 @@ _TILE = 32
 """Lines that `blurred_in_tiles` makes at once."""
 
 
-def box_taps(sigma: np.ndarray) -> np.ndarray:
-    """One pass of the box filter for each of M sigmas: float32 [M,2R+1]."""
-    variance = sigma.astype(np.float64) ** 2 / _PASSES  # of one pass
-    whole = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)  # full taps on either side
+def reaches(sigma: np.ndarray) -> np.ndarray:
+    """int64 [M]: how many pixels on either side one pass takes in, for each of M sigmas; at least 2."""
+    return np.maximum(_whole(sigma).astype(np.int64) + 1, 2)
+
+
+def box_taps(sigma: np.ndarray, reach: int | None = None) -> np.ndarray:
+    """One pass of the box filter for each of M sigmas: float32 [M,2R+1]; R is `reach`, or the least that holds them all."""
+    whole, variance = _whole(sigma), _variance(sigma)
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))  # of the next
-    reach = int(whole.max()) + 1
+    reach = int(whole.max()) + 1 if reach is None else reach
     distance = np.abs(np.arange(-reach, reach + 1))
     taps = np.where(distance <= whole[:, None], 1.0, np.where(distance == whole[:, None] + 1, part[:, None], 0.0))
     return (taps / taps.sum(1, keepdims=True)).astype(np.float32)
+
+
+def _variance(sigma: np.ndarray) -> np.ndarray:
+    """Of one pass."""
+    return sigma.astype(np.float64) ** 2 / _PASSES
+
+
+def _whole(sigma: np.ndarray) -> np.ndarray:
+    """Full taps on either side."""
+    return np.floor((np.sqrt(12 * _variance(sigma) + 1) - 1) / 2)
 
 
 def matrices(taps: Tensor, size: int) -> Tensor:
@@ -46,28 +60,31 @@ def blurred(x: Tensor, matrix: Tensor) -> Tensor:
     return (matrix @ x @ matrix.transpose(-1, -2)).round_()
 
 
-def blurred_in_tiles(x: Tensor, sigma: float) -> Tensor:
-    """As `blurred` for one image [C,S,S] on a CPU: without the products with zeros, which most of a matrix is."""
-    channels, size, _ = x.shape
-    taps = torch.from_numpy(box_taps(np.array([sigma])))
-    reach = _PASSES * (taps.shape[1] // 2)
-    tile = max(_TILE, reach)
-    short = tile + 2 * reach
+def blurred_in_tiles(x: Tensor, sigma: np.ndarray, reach: int) -> Tensor:
+    """[M,C,S,S] blurred by sigmas [M] of one of `reaches`, on a CPU: as by `blurred`, but without the products with zeros,
+    which most of a matrix is.
+    """
+    images, channels, size, _ = x.shape
+    taps = torch.from_numpy(box_taps(sigma, reach))
+    wide = _PASSES * reach
+    tile = max(_TILE, wide)
+    short = tile + 2 * wide
     if size <= short:
-        return blurred(x, matrices(taps, size)[0])
-    matrix = matrices(taps, short)[0]  # of a line that has both ends and, between them, a tile that sees neither
-    down = torch.empty_like(x)
-    lines, out = down.view(channels * size, size), torch.empty(channels * size, size)
+        return blurred(x, matrices(taps, size)[:, None])
+    matrix = matrices(taps, short)  # of lines that have both ends and, between them, a tile that sees neither
     tiles = []
-    for start in range(0, size - reach, tile):
-        last = start + tile >= size - reach
+    for start in range(0, size - wide, tile):
+        last = start + tile >= size - wide
         end = size if last else start + tile
-        low, high = max(start - reach, 0), min(end + reach, size)
-        row = short - (end - start) if last else 0 if start == 0 else reach
+        low, high = max(start - wide, 0), min(end + wide, size)
+        row = short - (end - start) if last else 0 if start == 0 else wide
         column = short - (high - low) if last else 0
-        tiles.append((start, end, low, high, matrix[row : row + end - start, column : column + high - low]))
+        tiles.append((start, end, low, high, matrix[:, row : row + end - start, column : column + high - low]))
+    down = torch.empty_like(x)
     for start, end, low, high, part in tiles:
-        torch.matmul(part, x[:, low:high], out=down[:, start:end])
+        torch.matmul(part[:, None], x[:, :, low:high], out=down[:, :, start:end])
+    lines = down.view(images, channels * size, size)
+    out = torch.empty_like(lines)
     for start, end, low, high, part in tiles:
-        torch.mm(lines[:, low:high], part.t(), out=out[:, start:end])
+        torch.bmm(lines[:, :, low:high], part.mT, out=out[:, :, start:end])
     return out.view_as(x).round_()

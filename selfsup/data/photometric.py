@@ -16,12 +16,12 @@ from torch import Tensor
 
 from selfsup.data.blur import blurred, box_taps, matrices
 from selfsup.data.colour import luma, turn_hue
-from selfsup.data.photometric_rows import one_by_one
+from selfsup.data.photometric_rows import few_at_a_time
 from selfsup.data.views import COLUMN, ORDERS, P
 from selfsup.errors import UserError
 
-_ALONE = 64 * 64 * 3
-"""On a CPU images of so many values or more are done one by one: then all that is done to one stays in the cache."""
+_FEW = 64 * 64 * 3
+"""On a CPU images of so many values or more are not done as one batch: then what is done to one stays in the cache."""
 
 
 @torch.no_grad()
@@ -51,8 +51,8 @@ def apply(
     x = crops.to(device, non_blocking=True).flatten(0, 1)  # [N,C,S,S], N = V*B
     scale = np.array([1 / (255 * s) for s in std], dtype=np.float32)
     shift = np.array([-m / s for m, s in zip(mean, std, strict=True)], dtype=np.float32)
-    if device.type == "cpu" and channels * height * width >= _ALONE:
-        return one_by_one(x, p, scale, shift, dtype).view(views, batch, channels, height, width)
+    if device.type == "cpu" and channels * height * width >= _FEW:
+        return few_at_a_time(x, p, scale, shift, dtype).view(views, batch, channels, height, width)
     x = x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     x = together(x, p)
     affine = _send(np.stack([scale, shift]), device)[:, :, None, None]  # [2,C,1,1]

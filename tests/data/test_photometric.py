@@ -8,17 +8,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import functional as tvf
 
 from selfsup.config import Crops, ViewsConfig
-from selfsup.data.blur import blurred, blurred_in_tiles, box_taps, matrices
+from selfsup.data.blur import blurred, blurred_in_tiles, box_taps, matrices, reaches
 from selfsup.data.colour import turn_hue
 from selfsup.data.photometric import apply, together
-from selfsup.data.photometric_rows import one_by_one
+from selfsup.data.photometric_rows import few_at_a_time
 from selfsup.data.sources import open_source
 from selfsup.data.views import ORDERS, ViewParams, crops_of, draw, multicrop, prepare
 from selfsup.errors import UserError
 
 PLAIN = ViewParams(0, 0, 1, 1, 0, 0, -1, 1, 1, 1, 0, 0, 0, -1)
-SIZES = pytest.mark.parametrize("size", [32, 112], ids=["together", "one by one"])
-"""Images that a CPU takes in batches, and such as it takes alone."""
+SIZES = pytest.mark.parametrize("size", [32, 112], ids=["together", "few at a time"])
+"""Images that a CPU takes in one batch, and such as it takes a few at a time."""
 
 
 def noise(channels, size=32, seed=0):
@@ -167,16 +167,18 @@ def test_the_input_is_left_alone_and_rows_are_independent(size):
     assert all((a == b).all() for a, b in zip(images, before, strict=True))
     halves = np.concatenate([ours(images[:11], params[:11]), ours(images[11:], params[11:])])
     assert (whole == halves).all()
+    alone = np.concatenate([ours([image], [p]) for image, p in zip(images, params, strict=True)])
+    assert (whole == alone).all()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_one_by_one_equals_together(channels):
+def test_a_few_at_a_time_equal_all_together(channels):
     """On the same images with the same parameters, but for sums that fall on the other side of a level."""
     views = multicrop(ViewsConfig(**{"global": Crops(blur=0.7, solarize=0.3), "local": Crops(count=0)}))
     n = 48
     rows = draw(views[0], 5, np.zeros(n, int), np.arange(n), np.full((n, 2), 112))
     crops = torch.from_numpy(np.stack([(noise, smooth)[i % 2](channels, 112) for i in range(n)])).permute(0, 3, 1, 2)
-    alone = one_by_one(crops, rows, np.ones(channels, np.float32), np.zeros(channels, np.float32), torch.float32)
+    alone = few_at_a_time(crops, rows, np.ones(channels, np.float32), np.zeros(channels, np.float32), torch.float32)
     difference = (alone - together(crops.float().contiguous(), rows)).abs()
     assert difference.mean() < 1e-3 and (difference > 1).float().mean() < 1e-4
 
@@ -186,7 +188,8 @@ def test_a_blur_in_tiles_equals_that_by_whole_matrices(size):
     x = torch.from_numpy(noise(3, size)).permute(2, 0, 1).float().contiguous()
     for sigma in (0.1, 0.5, 1.2, 2.0, 5.0, 11.0):
         whole = blurred(x, matrices(torch.from_numpy(box_taps(np.array([sigma]))), size)[0])
-        difference = (blurred_in_tiles(x, sigma) - whole).abs()
+        sigmas = np.array([sigma])
+        difference = (blurred_in_tiles(x[None], sigmas, int(reaches(sigmas)[0]))[0] - whole).abs()
         assert difference.max() <= 1 and difference.mean() < 1e-3, sigma
 
 
@@ -196,7 +199,8 @@ def test_hue_of_very_many_colours(turn):
     random = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
     dark = np.stack(np.meshgrid(*[np.arange(48, dtype=np.uint8)] * 3, indexing="ij"), -1).reshape(216, 512, 3)
     image = np.concatenate([random, dark])
-    got = turn_hue(torch.from_numpy(image).permute(2, 0, 1)[None].float(), turn)[0].permute(1, 2, 0).numpy()
+    x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    got = turn_hue(x, torch.full((1, 1, 1, 1), turn))[0].permute(1, 2, 0).numpy()
     difference = np.abs(got - np.asarray(tvf.adjust_hue(Image.fromarray(image), turn)))
     assert difference.mean() < 0.005 and (difference > 0).mean() < 0.003 and difference.max() <= 8
 
