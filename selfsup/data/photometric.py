@@ -20,7 +20,7 @@ from selfsup.data.photometric_rows import few_at_a_time
 from selfsup.data.views import COLUMN, ORDERS, P
 from selfsup.errors import UserError
 
-_FEW = 64 * 64 * 3
+_FEW = 48 * 48 * 3
 """On a CPU images of so many values or more are not done as one batch: then what is done to one stays in the cache."""
 
 
