@@ -33,7 +33,7 @@ def few_at_a_time(crops: Tensor, p: np.ndarray, scale: np.ndarray, shift: np.nda
     channels = crops.shape[1]
     scales, shifts = (torch.from_numpy(a)[:, None, None] for a in (scale, shift))  # [C,1,1]
     out = torch.empty(crops.shape, dtype=dtype)
-    for rows, turned, gray in _groups(p, channels, max(1, _VALUES // crops[0].numel())):
+    for rows, turned, gray in _groups(p, channels, max(1, _VALUES // crops.shape[1:].numel())):
         few = p[rows]
         x = torch.empty((len(rows), *crops.shape[1:]))  # [M,C,S,S]
         for image, row in zip(x, rows, strict=True):

@@ -183,6 +183,21 @@ def test_a_few_at_a_time_equal_all_together(channels):
     assert difference.mean() < 1e-3 and (difference > 1).float().mean() < 1e-4
 
 
+def test_a_few_at_a_time_are_the_same_for_any_number_of_threads():
+    view = multicrop(ViewsConfig())[1]
+    params = [ViewParams.unpack(r) for r in draw(view, 1, np.zeros(8, int), np.arange(8), np.full((8, 2), 112))]
+    images = [noise(3, 112, i) for i in range(8)]
+    threads, made = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            made.append(ours(images, params))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert (made[0] == made[1]).all()
+
+
 @pytest.mark.parametrize("size", [20, 45, 96, 100, 224])
 def test_a_blur_in_tiles_equals_that_by_whole_matrices(size):
     x = torch.from_numpy(noise(3, size)).permute(2, 0, 1).float().contiguous()
