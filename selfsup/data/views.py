@@ -71,6 +71,9 @@ class ViewParams(NamedTuple):
 P = len(ViewParams._fields)
 """Length of a row of parameters."""
 
+COLUMN = {name: i for i, name in enumerate(ViewParams._fields)}
+"""Where in a row a parameter is."""
+
 
 @dataclass(frozen=True)
 class View:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from selfsup.data.threads import one_thread
 from selfsup.errors import UserError
 
 DEATHS, APART = 3, 100
@@ -261,12 +262,8 @@ def _same(item: Any) -> Any:
 
 def _single_threaded(iterator: Iterator[Any]) -> Any:
     """A data set's torch code runs on one thread here too, as it does in a worker; the trainer's count is put back."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return next(iterator)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _context() -> str | None:

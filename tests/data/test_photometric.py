@@ -8,12 +8,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import functional as tvf
 
 from selfsup.config import Crops, ViewsConfig
-from selfsup.data.photometric import apply
+from selfsup.data.blur import blurred, blurred_in_tiles, box_taps, matrices, reaches
+from selfsup.data.colour import turn_hue
+from selfsup.data.photometric import apply, together
+from selfsup.data.photometric_rows import few_at_a_time
 from selfsup.data.sources import open_source
 from selfsup.data.views import ORDERS, ViewParams, crops_of, draw, multicrop, prepare
 from selfsup.errors import UserError
 
 PLAIN = ViewParams(0, 0, 1, 1, 0, 0, -1, 1, 1, 1, 0, 0, 0, -1)
+SIZES = pytest.mark.parametrize("size", [32, 112], ids=["together", "few at a time"])
+"""Images that a CPU takes in one batch, and such as it takes a few at a time."""
 
 
 def noise(channels, size=32, seed=0):
@@ -59,14 +64,15 @@ def check(images, params, tolerance=2.0):
         assert np.abs(got - expected).mean() <= tolerance, (p, np.abs(got - expected).mean())
 
 
+@SIZES
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("make", [noise, smooth])
-def test_single_operations(channels, make):
+def test_single_operations(channels, make, size):
     """Far tighter than 2 levels: brightness, contrast, grey and solarization to a rounding, blur to one level.
 
     (Factors such as 0.6, whose products are whole numbers, would test the last bit of a float32.)
     """
-    image = make(channels)
+    image = make(channels, size)
     cases = {
         0.05: [PLAIN._replace(order=0, brightness=b) for b in (0.0, 0.613, 0.937, 1.0, 1.391, 2.0)]
         + [PLAIN._replace(order=0, contrast=c) for c in (0.0, 0.617, 1.0, 1.387)]
@@ -90,18 +96,20 @@ def test_an_operation_on_all_images_before_one_on_some(first):
     check([smooth(3)] * 4, params)
 
 
-def test_untouched_images_stay_bit_for_bit():
-    image = noise(3)
+@SIZES
+def test_untouched_images_stay_bit_for_bit(size):
+    image = noise(3, size)
     assert (ours([image], [PLAIN])[0] == image).all()
     assert (ours([image], [PLAIN._replace(order=5)])[0] == image).all()  # jitter with all factors idle
 
 
+@SIZES
 @pytest.mark.parametrize("make", [noise, smooth])
-def test_jitter_in_every_order(make):
+def test_jitter_in_every_order(make, size):
     params = [
         PLAIN._replace(order=o, brightness=1.3, contrast=0.7, saturation=1.15, hue=h) for o in range(24) for h in (-0.08, 0.1)
     ]
-    check([make(3)] * len(params), params, 1.0)
+    check([make(3, size)] * len(params), params, 1.0)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -120,9 +128,10 @@ def test_dinos_augmentation_on_real_images(channels):
     assert worst <= 2.0
 
 
-def test_any_number_of_channels():
+@SIZES
+def test_any_number_of_channels(size):
     """Brightness, blur and solarization act on each channel as on a grey image; contrast on the mean over all."""
-    image = noise(13)
+    image = noise(13, size)
     p = PLAIN._replace(order=0, brightness=1.2, sigma=1.1, solarize=200, gray=1, saturation=0.3, hue=0.2)
     got = ours([image], [p])[0]
     for channel in (0, 7, 12):
@@ -133,29 +142,82 @@ def test_any_number_of_channels():
     assert np.abs(ours([image], [PLAIN._replace(order=0, contrast=0.5)])[0] - expected).max() <= 1
 
 
-def test_normalisation_shape_and_type():
-    crops = torch.from_numpy(noise(3)[None, None]).permute(0, 1, 4, 2, 3).expand(2, 5, 3, 32, 32)
+@SIZES
+def test_normalisation_shape_and_type(size):
+    crops = torch.from_numpy(noise(3, size)[None, None]).permute(0, 1, 4, 2, 3).expand(2, 5, 3, size, size)
     params = torch.from_numpy(PLAIN.pack()).expand(2, 5, -1)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     out = apply(crops, params, mean, std, "cpu")
-    expected = tvf.normalize(crops.reshape(10, 3, 32, 32) / 255, list(mean), list(std)).view_as(out)
-    assert out.shape == (2, 5, 3, 32, 32) and out.is_contiguous() and torch.allclose(out, expected, atol=1e-6)
+    expected = tvf.normalize(crops.reshape(10, 3, size, size) / 255, list(mean), list(std)).view_as(out)
+    assert out.shape == (2, 5, 3, size, size) and out.is_contiguous() and torch.allclose(out, expected, atol=1e-6)
     assert apply(crops, params, mean, std, "cpu", torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(UserError, match=r"data\.mean and data\.std need 3 values"):
         apply(crops, params, (0.5,), (0.5,), "cpu")
 
 
-def test_the_input_is_left_alone_and_rows_are_independent():
+@SIZES
+def test_the_input_is_left_alone_and_rows_are_independent(size):
     """A row's result does not depend on its neighbours: what makes ranks and micro-batches equal."""
     view = multicrop(ViewsConfig())[1]
     rows = draw(view, 0, np.zeros(32, int), np.arange(32), np.full((32, 2), 32))
     params = [ViewParams.unpack(r) for r in rows]
-    images = [noise(3, seed=i) for i in range(32)]
+    images = [noise(3, size, i) for i in range(32)]
     before = [i.copy() for i in images]
-    together = ours(images, params)
+    whole = ours(images, params)
     assert all((a == b).all() for a, b in zip(images, before, strict=True))
     halves = np.concatenate([ours(images[:11], params[:11]), ours(images[11:], params[11:])])
-    assert (together == halves).all()
+    assert (whole == halves).all()
+    alone = np.concatenate([ours([image], [p]) for image, p in zip(images, params, strict=True)])
+    assert (whole == alone).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_few_at_a_time_equal_all_together(channels):
+    """On the same images with the same parameters, but for sums that fall on the other side of a level."""
+    views = multicrop(ViewsConfig(**{"global": Crops(blur=0.7, solarize=0.3), "local": Crops(count=0)}))
+    n = 48
+    rows = draw(views[0], 5, np.zeros(n, int), np.arange(n), np.full((n, 2), 112))
+    crops = torch.from_numpy(np.stack([(noise, smooth)[i % 2](channels, 112) for i in range(n)])).permute(0, 3, 1, 2)
+    alone = few_at_a_time(crops, rows, np.ones(channels, np.float32), np.zeros(channels, np.float32), torch.float32)
+    difference = (alone - together(crops.float().contiguous(), rows)).abs()
+    assert difference.mean() < 1e-3 and (difference > 1).float().mean() < 1e-4
+
+
+def test_a_few_at_a_time_are_the_same_for_any_number_of_threads():
+    view = multicrop(ViewsConfig())[1]
+    params = [ViewParams.unpack(r) for r in draw(view, 1, np.zeros(8, int), np.arange(8), np.full((8, 2), 112))]
+    images = [noise(3, 112, i) for i in range(8)]
+    threads, made = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            made.append(ours(images, params))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert (made[0] == made[1]).all()
+
+
+@pytest.mark.parametrize("size", [20, 45, 96, 100, 224])
+def test_a_blur_in_tiles_equals_that_by_whole_matrices(size):
+    x = torch.from_numpy(noise(3, size)).permute(2, 0, 1).float().contiguous()
+    for sigma in (0.1, 0.5, 1.2, 2.0, 5.0, 11.0):
+        whole = blurred(x, matrices(torch.from_numpy(box_taps(np.array([sigma]))), size)[0])
+        sigmas = np.array([sigma])
+        difference = (blurred_in_tiles(x[None], sigmas, int(reaches(sigmas)[0]))[0] - whole).abs()
+        assert difference.max() <= 1 and difference.mean() < 1e-3, sigma
+
+
+@pytest.mark.parametrize("turn", [0.003, 0.05, -0.1, 0.3, -0.5, 0.5])
+def test_hue_of_very_many_colours(turn):
+    """A quarter of a million of every brightness and saturation, and all those of the 48 darkest levels."""
+    random = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
+    dark = np.stack(np.meshgrid(*[np.arange(48, dtype=np.uint8)] * 3, indexing="ij"), -1).reshape(216, 512, 3)
+    image = np.concatenate([random, dark])
+    x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    got = turn_hue(x, torch.full((1, 1, 1, 1), turn))[0].permute(1, 2, 0).numpy()
+    difference = np.abs(got - np.asarray(tvf.adjust_hue(Image.fromarray(image), turn)))
+    assert difference.mean() < 0.005 and (difference > 0).mean() < 0.003 and difference.max() <= 8
 
 
 class Watch(TorchDispatchMode):

@@ -1,0 +1,38 @@
+"""Grey levels and hue of images in whole 8-bit levels (held as float32), as PIL computes them."""
+
+import torch
+from torch import Tensor
+
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as PIL's "L"
+
+
+def luma(x: Tensor) -> Tensor:
+    """[N,3,S,S] -> [N,1,S,S], whole levels."""
+    red, green, blue = _LUMA
+    return (x[:, 0:1] * red).add_(x[:, 1:2], alpha=green).add_(x[:, 2:3], alpha=blue).add_(0.5).floor_()
+
+
+def turn_hue(x: Tensor, turn: Tensor) -> Tensor:
+    """Turn the hue of [N,3,S,S] by `turn` [N,1,1,1], through HSV in 256 levels as torchvision does with PIL images.
+
+    No sector of the colour wheel is told from another: on the half from red over green to cyan the hue is, in sixths of
+    a turn, 3 - (2 max - min + red - green - blue) / (max - min), and the other half is its mirror image.
+    """
+    red, green, blue = x[:, 0:1], x[:, 1:2], x[:, 2:3]
+    value, low = torch.maximum(red, green), torch.minimum(red, green)
+    torch.maximum(value, blue, out=value)
+    torch.minimum(low, blue, out=low)
+    span = value - low
+    from_cyan = (red - green).sub_(blue).add_(value, alpha=2).sub_(low)
+    from_cyan.div_(span.clamp(min=1))  # 0..3
+    torch.copysign(from_cyan, torch.sub(green, blue, out=low), out=from_cyan)
+    hue = from_cyan.mul_(-255 / 6).add_(127.5).floor_()  # 0..255
+    hue.add_(torch.trunc(turn * 255))  # -127..382, then modulo 256
+    hue.sub_(torch.floor(torch.mul(hue, 1 / 256, out=low), out=low), alpha=256)
+    # the saturation has 256 levels too; times the value it is how far the least of the three lies below it
+    depth = span.mul_(255).div_(value.clamp(min=1)).floor_().mul_(value).mul_(1 / 255)
+    sixths = hue.mul_(6 / 255)
+    ramps = torch.cat([sixths - 3, sixths - 2, sixths - 4], dim=1).abs_()  # [N,3,S,S]
+    ramps[:, :1].neg_().add_(2)
+    ramps[:, 1:].sub_(1)
+    return torch.addcmul(value, depth, ramps.clamp_(0, 1), value=-1).round_()
