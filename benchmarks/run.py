@@ -57,7 +57,7 @@ def jobs() -> list[Job]:
     found = [Job(c.name, c.peer, c.title, c.minutes, _timed(c)) for c in CASES]
     found += [Job(c.name, c.peer, c.title, c.minutes, c.measure) for c in counts.COUNTS]
     found += [Job(g.name, growth.NO_PEER, g.title, g.minutes, g.measure) for g in growth.GROWTHS]
-    minutes = {"step": 2.6, "step-bf16": 2.0, "small": 1.0}
+    minutes = {"step": 5.5, "step-bf16": 3.5, "small": 1.0}
     found += [Job(r.name, p, r.title, minutes.get(r.name, 1.0), _step(r, p), r.dtype) for r in ROWS for p in r.peers]
     return found
 
