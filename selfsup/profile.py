@@ -24,7 +24,8 @@ PARTS = (
     "data", "crops on device", "forward student", "forward teacher", "head + loss", "backward", "optimizer", "EMA", "log",
 )  # fmt: skip
 _PHASES = {"data": "data", "forward": "crops on device", "gradients": "backward"}
-_PHASES |= {part: part for part in ("backward", "optimizer")}
+_PHASES |= {part: part for part in ("backward", "optimizer", "checkpoint")}
+_PHASES |= {"export": "checkpoint", "evaluate": "evaluation"}  # in the table where there were any
 
 
 @contextlib.contextmanager
@@ -77,6 +78,9 @@ class Profile:
         self._inside(method, "head + loss")
         for role, backbone in method.backbones().items():
             self._inside(backbone, f"forward {role}")
+        backbones = method.backbones()
+        for kind in {owner for b in backbones.values() for owner in type(b).__mro__ if "embed" in vars(owner)}:
+            self._embed(kind, {id(backbone): f"forward {role}" for role, backbone in backbones.items()})
         for owner, name, part in ((method, "after_step", "EMA"), (optimizer, "zero_grad", "optimizer")):
             self._around(owner, name, part)
 
@@ -97,6 +101,22 @@ class Profile:
 
         setattr(owner, name, called)
         self._undo.append(lambda: delattr(owner, name))
+
+    def _embed(self, kind: Any, parts: dict[int, str]) -> None:
+        """Images of several sizes at once go through `kind.embed`, past the hooks. parts: by id of the backbone."""
+        original = kind.embed
+
+        def embed(backbone: Any, *a: Any, **k: Any) -> Any:
+            part = parts.get(id(backbone))  # not its copies, which are evaluated
+            if part is None:
+                return original(backbone, *a, **k)
+            self._enter(part)
+            out = original(backbone, *a, **k)
+            self._leave()
+            return out
+
+        kind.embed = embed
+        self._undo.append(lambda: setattr(kind, "embed", original))
 
     def _enter(self, part: str) -> None:
         if self._part != "backward":  # activation checkpointing computes forward passes again
