@@ -76,11 +76,11 @@ class Profile:
 
     def _listen(self, method: Any, optimizer: Any) -> None:
         self._inside(method, "head + loss")
-        for role, backbone in method.backbones().items():
-            self._inside(backbone, f"forward {role}")
-        backbones = method.backbones()
-        for kind in {owner for b in backbones.values() for owner in type(b).__mro__ if "embed" in vars(owner)}:
-            self._embed(kind, {id(backbone): f"forward {role}" for role, backbone in backbones.items()})
+        backbones = {backbone: f"forward {role}" for role, backbone in method.backbones().items()}
+        for backbone, part in backbones.items():
+            self._inside(backbone, part)
+        for kind in {owner for b in backbones for owner in type(b).__mro__ if "embed" in vars(owner)}:
+            self._embed(kind, backbones)
         for owner, name, part in ((method, "after_step", "EMA"), (optimizer, "zero_grad", "optimizer")):
             self._around(owner, name, part)
 
@@ -102,12 +102,12 @@ class Profile:
         setattr(owner, name, called)
         self._undo.append(lambda: delattr(owner, name))
 
-    def _embed(self, kind: Any, parts: dict[int, str]) -> None:
-        """Images of several sizes at once go through `kind.embed`, past the hooks. parts: by id of the backbone."""
+    def _embed(self, kind: Any, parts: dict[Any, str]) -> None:
+        """Images of several sizes at once go through `kind.embed`, past the hooks. parts: by backbone."""
         original = kind.embed
 
         def embed(backbone: Any, *a: Any, **k: Any) -> Any:
-            part = parts.get(id(backbone))  # not its copies, which are evaluated
+            part = parts.get(backbone)  # not its copies, which are evaluated
             if part is None:
                 return original(backbone, *a, **k)
             self._enter(part)
