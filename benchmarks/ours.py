@@ -145,7 +145,7 @@ class Ours:
             "freeze_last_layer": 0.0,
         }
         run.schedules = {name: constant(value) for name, value in values.items()}
-        train._train(run, self.signals, self.watch, None, lambda: None)
+        train._train(run, self.signals, self.watch, train.Evaluations(), lambda: None)
 
     def step(self, count: int) -> None:
         """The loop, for `count` steps."""

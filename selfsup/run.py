@@ -100,6 +100,7 @@ class Run:
             source = wrap_dataset(dataset, channels=channels, config=config.data)
         else:
             source = open_source(config.data.path, channels=channels, config=config.data)
+        config = _count_classes(config, source)
         length = plan(config, len(source))
         method = methods.create(config)
         dtype = torch.float64 if config.precision == "fp64" else torch.float32
@@ -345,6 +346,27 @@ class Run:
             except UserError as cause:
                 error = cause
         dist.raise_together(error, "exporting the backbone")
+
+
+def _count_classes(config: Config, source: Source) -> Config:
+    """`config` with `data.classes`, if the method learns from labels. Raises UserError if it cannot from these."""
+    use = getattr(methods.find(config.method.name), "labels", "unused")
+    if use == "unused":
+        return config
+    labels, path = source.labels, config.data.path
+    missing = len(source) if labels is None else int((labels < 0).sum())
+    if use == "needed" and missing:
+        raise UserError(
+            f"data.path={path}: {missing:,} of {len(source):,} images have no label, and method={config.method.name} learns from "
+            "labels; give class folders, or a list with a label a line"
+        )
+    found = 0 if labels is None or missing == len(source) else int(labels.max()) + 1
+    classes = config.data.classes
+    if classes is None:
+        classes = found or None
+    elif found > classes:
+        raise UserError(f"data.classes={classes}: {path} has labels up to {found - 1}; use data.classes={found} or more")
+    return config.model_copy(update={"data": config.data.model_copy(update={"classes": classes})})
 
 
 def _trainer_state(state: State, folder: Path) -> TrainerState:

@@ -94,7 +94,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def adopt(config: Config, stored: Config) -> Config:
     """`config` with what it leaves to 'auto' taken from the run that is resumed."""
-    update = {key: getattr(stored, key) for key in RESOLVED if getattr(config, key) in (None, "auto")}
+    update: dict[str, Any] = {key: getattr(stored, key) for key in RESOLVED if getattr(config, key) in (None, "auto")}
+    if config.data.classes is None:
+        update["data"] = config.data.model_copy(update={"classes": stored.data.classes})
     return config.model_copy(update=update)
 
 

@@ -64,6 +64,8 @@ class DataConfig(Section):
     path: str = "demo"
     """Folder, file list (.txt), `torchvision:NAME:ROOT`, `timm:NAME:ROOT`, or `demo` (bundled Fashion-MNIST)."""
     val: str | None = None
+    classes: Positive | None = None
+    """Of the labels 0, 1, 2, ...; default: as many as the data has, where the method learns from labels."""
     mean: tuple[float, ...] | None = None
     """Per channel, of values in [0, 1]. Default: ImageNet's for 3 channels, else 0.5."""
     std: tuple[float, ...] | None = None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from selfsup import dist, methods, placement, runfolder, runtime
 from selfsup.backbones import Backbone
@@ -31,6 +31,28 @@ from selfsup.schedules import evaluate
 from selfsup.signals import StopSignals
 
 Evaluate = Callable[[Backbone, int], dict[str, float]]
+Classify = Callable[[dict[str, nn.Module], int], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """What `eval.every` runs: figures of the exported backbone, and of what tells classes, where the method has such."""
+
+    backbone: Evaluate | None = None
+    classifiers: Classify | None = None
+
+    def __call__(self, method: Any, step: int) -> dict[str, float]:
+        """Of a method as `methods.contract` says."""
+        figures = self.classifiers(found, step) if self.classifiers and (found := method.classifiers()) else {}
+        return figures | (self.backbone(method.export(), step) if self.backbone else {})
+
+    def __bool__(self) -> bool:
+        return self.backbone is not None or self.classifiers is not None
+
+    def close(self) -> None:
+        """When training ends, however it does."""
+        for part in (self.backbone, self.classifiers):
+            getattr(part, "close", lambda: None)()
 
 
 @dataclass(frozen=True)
@@ -52,13 +74,15 @@ def train(
     dataset: Any = None,
     views: list[View] | None = None,
     evaluate: Evaluate | None = None,
+    classify: Classify | None = None,
     quiet: bool = False,
 ) -> Result:
     """Train as `config` says, into the run folder `out`.
 
     dataset: any torch `Dataset` of images or (image, label) pairs, instead of `data.path`. views: instead of the
-    method's own. evaluate: called as evaluate(backbone, step) every `eval.every` steps; its figures are logged. If it has
-    a method `close`, that is called at the end, however it ends.
+    method's own. evaluate: called as evaluate(backbone, step) every `eval.every` steps; its figures are logged.
+    classify: called as classify(classifiers, step) at the same steps, if the method has any (`contract.Method.classifiers`).
+    If they have a method `close`, that is called at the end, however it ends.
     Raises UserError for what the user can mend, EarlyStop when stopped by a signal or `stop_at` (resumable), RankLost
     when another process of the run is gone.
     """
@@ -82,7 +106,8 @@ def train(
             on_abort=lease.release if lease is not None else lambda: None,
         )
         stack.enter_context(watch)
-        stack.callback(getattr(evaluate, "close", lambda: None))
+        evaluations = Evaluations(evaluate, classify)
+        stack.callback(evaluations.close)
         stack.enter_context(runtime.settings(config))
         signals = stack.enter_context(StopSignals())
         run: Run | None = None
@@ -93,10 +118,10 @@ def train(
             if not (resume and run.resume()):
                 initialise(run.method, config)
             dist.broadcast_module(run.method)
-            if config.checkpoint.keep_best and evaluate is None:
+            if config.checkpoint.keep_best and not evaluations:
                 run.progress.note("checkpoint.keep_best keeps nothing: there is no evaluation to choose by")
             watch = stack.enter_context(profiled(run, watch))
-            return _train(run, signals, watch, evaluate, lease.check if lease is not None else lambda: None)
+            return _train(run, signals, watch, evaluations, lease.check if lease is not None else lambda: None)
         except (RuntimeError, MemoryError) as error:
             if run is not None and runtime.is_out_of_memory(error):
                 raise run.out_of_memory(error) from None
@@ -120,7 +145,7 @@ def _train(
     run: Run,
     signals: StopSignals,
     watch: Watchdog,
-    evaluate_backbone: Evaluate | None,
+    evaluations: Evaluations,
     still_ours: Callable[[], None],
 ) -> Result:
     error = None
@@ -137,7 +162,7 @@ def _train(
         )
         stream = run.loader.stream(run.step, run.plan.steps)
         with contextlib.closing(recorder), contextlib.closing(run.writer), contextlib.closing(stream):
-            outcome = _loop(run, stream, recorder, signals, watch, evaluate_backbone)
+            outcome = _loop(run, stream, recorder, signals, watch, evaluations)
             watch.at("checkpoint", run.step)
             run.writer.wait()
     signals.finish()
@@ -161,7 +186,7 @@ def _loop(
     recorder: Recorder,
     signals: StopSignals,
     watch: Watchdog,
-    evaluate_backbone: Evaluate | None,
+    evaluations: Evaluations,
 ) -> Outcome:
     config, method, optimizer = run.config, run.method, run.optimizer
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -216,27 +241,27 @@ def _loop(
         run.note_bad_files(batches)
         watch.at("agree", run.step)
         stopped = signals.agreed()
-        outcome = _look(run, recorder, watch, evaluate_backbone, last=stopped or run.step == end)
+        outcome = _look(run, recorder, watch, evaluations, last=stopped or run.step == end)
         if outcome is not None:
             return outcome
     return "stopped" if stopped else "done"
 
 
 def _look(
-    run: Run, recorder: Recorder, watch: Watchdog, evaluate_backbone: Evaluate | None, last: bool
+    run: Run, recorder: Recorder, watch: Watchdog, evaluations: Evaluations, last: bool
 ) -> Outcome | None:
     """What happens at some steps only, when the host looks at the device: log, verdicts, evaluation, checkpoint."""
     config, step = run.config, run.step
-    evaluates = evaluate_backbone is not None and config.eval.every is not None
+    evaluates = bool(evaluations) and config.eval.every is not None
     evaluates = evaluates and (step % (config.eval.every or 1) == 0 or step == run.plan.steps)
     saves = last or step % config.checkpoint.every == 0 or (evaluates and config.checkpoint.keep_best > 0)
     if not (saves or evaluates or step % config.log_every == 0):
         return None
     figures: dict[str, float] = {}
-    if evaluates and evaluate_backbone is not None:
+    if evaluates:
         watch.at("evaluate", step)
         with recorder.clock_stopped():
-            figures = run.evaluations = evaluate_backbone(run.method.export(), step)
+            figures = run.evaluations = evaluations(run.method, step)
     watch.at("log", step)
     found = recorder.flush(figures, last=last, problem=run.problem())
     for refusal in found.refused:

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from selfsup.backbones import Backbone
 from selfsup.config import Config, Section
@@ -38,6 +38,10 @@ class ViewBatch:
         return (view[:, None] * self.global_batch + self.positions).reshape(-1)  # [views, B] -> [views * B]
 
 
+Labels = Literal["unused", "optional", "needed"]
+"""What a method does with the labels of its training images; `data.classes` is counted unless they are unused."""
+
+
 class Method(Protocol):
     """An nn.Module that owns its student, teacher and buffers. Methods share functions, not parents.
 
@@ -47,6 +51,8 @@ class Method(Protocol):
 
     Options: ClassVar[type[Section]]
     """The schema of `method.<option>`."""
+
+    labels: ClassVar[Labels]
 
     batch_statistics: bool
     """Whether images of a batch influence one another (batch norm): accumulation then is not the large batch."""
@@ -75,4 +81,11 @@ class Method(Protocol):
 
     def backbones(self) -> dict[str, Backbone]:
         """Every backbone by role, for `RUN@role` targets: {'student': ..., 'teacher': ...}."""
+        ...
+
+    def classifiers(self) -> dict[str, nn.Module]:
+        """What tells classes, by name, the one to use first; {} if nothing does.
+
+        Each takes normalised images [B, C, H, W] and gives logits [B, classes]. They share weights with the method.
+        """
         ...

@@ -10,7 +10,7 @@ import copy
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from selfsup.errors import UserError
 from selfsup.heads import DINOHead
 from selfsup.losses.dino import at_least_float32, dino_loss, teacher_health, teacher_probabilities
 from selfsup.losses.prototypes import prototype_loss
-from selfsup.methods.contract import ViewBatch
+from selfsup.methods.contract import Labels, ViewBatch
 from selfsup.schedules import Plan, Schedule, cosine, linear
 
 Temperature = Annotated[float, Field(gt=0)]
@@ -70,6 +70,7 @@ class DINO(nn.Module):
     """Student, teacher and centre."""
 
     Options = DINOOptions
+    labels: ClassVar[Labels] = "unused"
 
     center: Tensor
     batch_sum: Tensor
@@ -186,3 +187,7 @@ class DINO(nn.Module):
     def backbones(self) -> dict[str, Backbone]:
         """Student and teacher."""
         return {"student": self.student.backbone, "teacher": self.teacher.backbone}
+
+    def classifiers(self) -> dict[str, nn.Module]:
+        """None: prototypes are no classes."""
+        return {}

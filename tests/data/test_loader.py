@@ -276,9 +276,9 @@ def test_workers_ignore_a_schedulers_signals_and_end_with_the_stream(tmp_path):
     first = next(stream)
     pids = [int(p.name) for p in tmp_path.iterdir()]
     assert first and len(pids) == 2 and os.getpid() not in pids
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
+    mask = sum(1 << (number - 1) for number in numbers)
     for pid in pids:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
-        mask = sum(1 << (number - 1) for number in numbers)
         # the C library blocks all signals for a moment whenever it starts a thread, such as the one that fills a queue
         assert eventually(lambda pid=pid: signal_set(pid, "SigBlk") & mask == 0)
         assert signal_set(pid, "SigIgn") & mask == mask
