@@ -89,6 +89,18 @@ def test_a_step_refused_right_after_loading(name: str) -> None:
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
+@pytest.mark.parametrize("name", ["sgd", "sgd nesterov", "lars"])
+def test_momentum_that_a_table_lacks_is_zero(name: str) -> None:
+    """Of a parameter that had no gradient so far: a step that is refused first leaves nothing undefined."""
+    model, optimizer = build(name)
+    step(model, optimizer, 0)
+    load_state_tensors(optimizer, {k: v for k, v in state_tensors(optimizer).items() if not k.startswith("head.")})
+    step(model, optimizer, 9, ok=0.0)
+    held = state_tensors(optimizer)
+    assert not held["head.weight|momentum_buffer"].any() and not held["head.bias|momentum_buffer"].any()
+    assert held["backbone.blocks.0.weight|momentum_buffer"].any()
+
+
 def test_does_not_alias() -> None:
     model, optimizer = build("adamw")
     step(model, optimizer, 0)
