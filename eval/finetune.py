@@ -90,6 +90,8 @@ def compose(target: Target, settings: FinetuneSettings, pair: LabelledPair) -> C
     assert backbone is not None
     size = settings.size or (target.config.views.global_.size if target.config is not None else backbone.input_size)
     options = {k: v for k, v in backbone.options.items() if k not in ("num_classes", "in_chans")}
+    if "img_size" in options:
+        options["img_size"] = size  # positions are resampled when the weights are loaded
     base = {
         "backbone": {
             "name": backbone.name,

@@ -243,7 +243,7 @@ def test_goes_on_with_a_head(images: Path, tmp_path: Path, target: str) -> None:
     for key, value in method.state_dict().items():
         assert torch.equal(value, trained[key.replace("teacher.", "student.", 1)]), key
     other = config_for(images, f"init_from={run}", "init_from.heads=load", f"data.classes={CLASSES + 1}")
-    with pytest.raises(UserError, match="does not fit.*as many classes"):
+    with pytest.raises(UserError, match=r"does not fit.*as many classes"):
         initialise(methods.create(other), other)
 
 
