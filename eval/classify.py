@@ -5,7 +5,7 @@ Nothing is trained here and nothing is chosen on the val images: each classifier
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from selfsup import dist
 from selfsup.backbones import Backbone
-from selfsup.classifier import Trained, has_classifier, load_classifier
+from selfsup.classifier import Trained, has_classifier, label_names, load_classifier
 from selfsup.config import Config
 from selfsup.data.eval_transform import eval_batches
 from selfsup.errors import UserError
@@ -98,11 +98,14 @@ def open_subject(target: str, device: str, open_run: OpenRun) -> Subject:
         config,
         trained.step,
     )
-    names = None
-    if has_classifier(run / "classifier"):
-        names = load_names(run / "classifier")
     subject = Subject(
-        found, trained.classifiers, config.data.classes or 0, names, config.views.global_.size, config.mean, config.std
+        found,
+        trained.classifiers,
+        config.data.classes or 0,
+        label_names(run / "classifier"),
+        config.views.global_.size,
+        config.mean,
+        config.std,
     )
     return _ready(subject)
 
@@ -119,11 +122,6 @@ def _from_folder(target: str, path: Path, place: torch.device) -> Subject:
     return _ready(
         Subject(found, {"head": loaded.module}, loaded.classes, loaded.label_names, size, loaded.mean, loaded.std)
     )
-
-
-def load_names(folder: Path) -> list[str] | None:
-    """Names of the classes that an exported classifier was trained on."""
-    return load_classifier(folder).label_names
 
 
 def _backbone(module: nn.Module) -> Backbone | None:
@@ -165,7 +163,7 @@ def answers(
     error: UserError | None = None
     try:
         for x, _, ids in eval_batches(
-            val.images.source, **transform.__dict__, batch_size=settings.batch_size, workers=settings.workers,
+            val.images.source, **asdict(transform), batch_size=settings.batch_size, workers=settings.workers,
             indices=val.images.indices[mine], on_bad=lambda *item: bad.append(item),
         ):  # fmt: skip
             at = torch.from_numpy(np.searchsorted(val.images.indices, ids.numpy()))  # indices ascend
@@ -268,7 +266,7 @@ def report(
         "calibration": f"expected calibration error: {settings.bins} bins of equal width, l1, of the largest "
         f"{measured.activations[name]} probability",
         "top1_interval_95": results.interval(metrics["top1"], int(seen.sum())),
-        "transform": t.__dict__ | {"mean": list(t.mean), "std": list(t.std)},
+        "transform": asdict(t),
         "resolution": t.size,
         "precision": measured.precision,
         "device": target.device.type,

@@ -6,6 +6,7 @@ The folder is that of `backbones.export` with the weights of the head and the na
 """
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -140,23 +141,44 @@ class Exported(NamedTuple):
 
 def has_classifier(folder: Path) -> bool:
     """Whether this is a folder of timm's (config.json) that holds a model with classes."""
-    if not (folder / "config.json").is_file():
-        return False
-    return bool(_classes(_open_folder(folder).recorded))
+    return bool(_classes(_recorded(folder)))
+
+
+def label_names(folder: Path) -> list[str] | None:
+    """Names of the classes that the classifier in this folder tells, if it says so."""
+    recorded = _recorded(folder)
+    return _names(recorded, _classes(recorded))
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _classes(recorded: dict[str, Any]) -> int:
-    cfg = recorded.get("pretrained_cfg", recorded)
-    found = recorded.get("num_classes", cfg.get("num_classes", 0))
-    return found if isinstance(found, int) and found > 0 else 0
+    found = recorded.get("num_classes", _cfg(recorded).get("num_classes", 0))
+    return found if type(found) is int and found > 0 else 0
+
+
+def _names(recorded: dict[str, Any], classes: int) -> list[str] | None:
+    names = recorded.get("label_names") or _cfg(recorded).get("label_names")
+    usable = isinstance(names, (list, tuple)) and len(names) == classes
+    return [str(name) for name in names] if usable else None
+
+
+def _cfg(recorded: dict[str, Any]) -> dict[str, Any]:
+    found = recorded.get("pretrained_cfg", recorded)
+    return found if isinstance(found, dict) else {}
 
 
 def load_classifier(folder: str | Path) -> Exported:
     """The classifier in a folder of ours, or in any that timm's `save_for_hf` wrote. UserError if there is none."""
     source = _open_folder(Path(folder))
     recorded = source.recorded
-    cfg = recorded.get("pretrained_cfg", recorded)
-    classes = _classes(recorded)
+    cfg, classes = _cfg(recorded), _classes(recorded)
     if not classes:
         raise UserError(f"{folder}: a backbone without a classifier; use selfsup eval linear, or eval knn")
     channels, height, width = cfg.get("input_size", (3, 224, 224))
@@ -170,14 +192,10 @@ def load_classifier(folder: str | Path) -> Exported:
             f"{folder}: timm's {recorded['architecture']} does not take its options and weights: {one_line(error, 160)}"
         ) from None
     set_pos_interp(model, recorded.get("selfsup", {}).get("pos_interp", "timm"))
-    names = recorded.get("label_names") or cfg.get("label_names")
-    usable = isinstance(names, (list, tuple)) and len(names) == classes
     channels = args["in_chans"]
     mean, std = tuple(cfg.get("mean", IMAGENET_MEAN)), tuple(cfg.get("std", IMAGENET_STD))
     if len(mean) != channels or len(std) != channels:
         mean, std = (0.5,) * channels, (0.25,) * channels
     size = max(_pair(args.get("img_size") or (height, width)))
     activation: Activation = "sigmoid" if recorded.get("selfsup", {}).get("activation") == "sigmoid" else "softmax"
-    return Exported(
-        model.eval(), classes, [str(n) for n in names] if usable else None, mean, std, size, channels, activation
-    )
+    return Exported(model.eval(), classes, _names(recorded, classes), mean, std, size, channels, activation)

@@ -106,18 +106,8 @@ def test_a_run_against_bare_timm(run: Path, val_folder: Path, capsys: pytest.Cap
     assert [row["class"] for row in stored["per_class"]] == ["trouser", "sandal", "bag", "ankle-boot"]
     assert sum(c["count"] for c in stored["confusions"]) == counts.sum() - counts.trace()
     protocol = stored["protocol"]
-    for key in [
-        "val",
-        "val_images",
-        "val_fingerprint",
-        "classes",
-        "classifier",
-        "calibration",
-        "transform",
-        "resolution",
-        "precision",
-        "versions",
-    ]:
+    keys = "val val_images val_fingerprint classes classifier calibration transform resolution precision versions"
+    for key in keys.split():
         assert protocol.get(key) is not None, key
     assert (
         protocol["val"] == str(val_folder) and protocol["val_images"] == 60 and protocol["classes_matched"] == "by name"
