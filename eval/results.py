@@ -139,7 +139,7 @@ def table(results: Iterable[Mapping[str, Any]], title: str | None = None) -> "Ta
                 low, high = protocol["top1_interval_95"]
                 text += f" [dim]({100 * low:.1f}–{100 * high:.1f})[/dim]"
             rows.setdefault(escape(item["target"]["name"]), {})[column] = text
-    columns.sort(key=lambda column: (column[0], column[1]))
+    columns.sort(key=lambda column: (column[0], not column[1].startswith("top"), column[1]))
     out = Table(title=title, caption="in % (95 % interval)", caption_justify="left")
     out.add_column("target", overflow="fold")
     for task, name in columns:
