@@ -233,7 +233,7 @@ def test_during_training(run: Path, tmp_path: Path, train_folder: Path, val_fold
     plain = read_metrics(run / "metrics.jsonl")
     assert [line["loss"] for line in lines] == [line["loss"] for line in plain]
     assert classify_callable(config.load(None, [*TINY, *words, "eval.every=30"]), tmp_path) is None
-    unknown = unpack(tmp_path / "unknown", 5, classes=("2_pullover",))
+    unknown = unpack(tmp_path / "unknown", 5, classes=("2_pullover", "6_shirt"))
     with pytest.raises(UserError, match="unknown to training"):  # before the first step
         classify_callable(config.load(None, [*TINY, *words, f"eval.val={unknown}", "eval.every=30"]), tmp_path)
 
