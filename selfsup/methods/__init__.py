@@ -11,6 +11,7 @@ from selfsup.errors import UserError
 
 METHODS = {
     "dino": "selfsup.methods.dino:DINO",
+    "supervised": "selfsup.methods.supervised:Supervised",
 }
 
 
