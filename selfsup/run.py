@@ -88,6 +88,7 @@ class Run:
         dataset: Any,
         views: list[View] | None,
         quiet: bool,
+        teacher: nn.Module | None = None,
     ) -> "Run":
         """Open the data, build the method and its optimizer, and say what will be done."""
         world, channels = dist.world(), config.backbone.in_chans
@@ -102,7 +103,7 @@ class Run:
             source = open_source(config.data.path, channels=channels, config=config.data)
         config = _count_classes(config, source)
         length = plan(config, len(source))
-        method = methods.create(config)
+        method = methods.create(config, teacher)
         dtype = torch.float64 if config.precision == "fp64" else torch.float32
         method.to(device=device, dtype=dtype)
         method.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs and GPUs
@@ -120,7 +121,15 @@ class Run:
             world=world,
             workers=config.workers,
             pin=device.type == "cuda",
+            repeat=config.teacher.cache_epochs if config.teacher.cache is not None else None,
         )
+        if hasattr(method, "bind"):
+            error: UserError | None = None
+            try:
+                method.bind(source, views or method.views())
+            except UserError as cause:
+                error = cause
+            dist.raise_together(error, "preparing the method")
         head_only = config.init_from.head_only
         retention = Retention(**config.checkpoint.model_dump(exclude={"every"}))
         run = cls(
@@ -338,11 +347,13 @@ class Run:
         )
 
     def export(self) -> None:
-        """RUN/backbone."""
+        """RUN/backbone, and RUN/backbones/NAME for every further one."""
         error: UserError | None = None
         if dist.is_main():
             try:
                 export_timm(self.method.export(), self.out / "backbone")
+                for name, backbone in getattr(self.method, "further", dict)().items():
+                    export_timm(backbone, self.out / "backbones" / name)
             except UserError as cause:
                 error = cause
         dist.raise_together(error, "exporting the backbone")
@@ -365,7 +376,9 @@ def _count_classes(config: Config, source: Source) -> Config:
     if classes is None:
         classes = found or None
     elif found > classes:
-        raise UserError(f"data.classes={classes}: {path} has labels up to {found - 1}; use data.classes={found} or more")
+        raise UserError(
+            f"data.classes={classes}: {path} has labels up to {found - 1}; use data.classes={found} or more"
+        )
     return config.model_copy(update={"data": config.data.model_copy(update={"classes": classes})})
 
 
