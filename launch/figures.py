@@ -39,10 +39,12 @@ class Figures:
     metrics: dict[str, float] = field(default_factory=dict)
     """loss, img_per_s, knn_top1, knn_step (at which it was measured), linear_top1, ..."""
     seconds_a_step: float | None = None
+    stopped_early: bool = False
+    """Its evaluations got no better: `step` was its last one."""
 
     @property
     def finished(self) -> bool:
-        return self.steps is not None and self.step >= self.steps
+        return self.stopped_early or (self.steps is not None and self.step >= self.steps)
 
     @property
     def eta_s(self) -> float | None:
@@ -66,25 +68,39 @@ def read(run: Path, since: float | None = None) -> Figures:
     if speed is not None:
         metrics["img_per_s"] = speed
     metrics |= _evaluations(run, log, step)
-    return Figures(step, total_steps(run), metrics, _seconds_a_step(lines, newest, since, speed))
+    speed_now = _seconds_a_step(lines, newest, since, speed)
+    return Figures(step, total_steps(run), metrics, speed_now, _stopped_early(run, step))
 
 
 def total_steps(run: Path) -> int | None:
     """From the configuration where it says so, else from the newest checkpoint that does."""
     if (found := _DURATION.search(_text(run / "config.yaml"))) is not None:
         return int(found[1])
+    for _, trainer in _trainers(run):
+        steps = trainer.get("steps")
+        if type(steps) is int:
+            return steps
+    found = _DURATION.search(_text(run / submission.CONFIG))
+    return int(found[1]) if found else None
+
+
+def _trainers(run: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(step, trainer.json) of the newest checkpoints, the newest first."""
     try:
         folders = sorted(
             (int(m[1]), name) for name in os.listdir(run / "checkpoints") if (m := _CHECKPOINT.fullmatch(name))
         )
     except OSError:
-        folders = []
-    for _, name in reversed(folders[-3:]):
-        steps = read_object(run / "checkpoints" / name / "trainer.json").get("steps")
-        if type(steps) is int:
-            return steps
-    found = _DURATION.search(_text(run / submission.CONFIG))
-    return int(found[1]) if found else None
+        return
+    for step, name in reversed(folders[-3:]):
+        yield step, read_object(run / "checkpoints" / name / "trainer.json")
+
+
+def _stopped_early(run: Path, step: int) -> bool:
+    """Whether the newest checkpoint is of this step and says that no further one was to follow."""
+    at, trainer = next(_trainers(run), (-1, {}))
+    told = trainer.get("early_stop")
+    return at == step and isinstance(told, dict) and told.get("stopped") is True
 
 
 def _seconds_a_step(

@@ -3,7 +3,7 @@
 queued      waits for its first start, or, after a crash, for its next try
 running
 preempted   ended in an orderly way before its last step, and goes on: by itself, or with --resume if nobody runs it
-completed   came to its last step, or to the one it was to stop at
+completed   came to its last step, or to the one it was to stop at, or was stopped early by its evaluations
 failed      ended otherwise, or is gone without a word
 cancelled   somebody ended it
 """
@@ -88,7 +88,7 @@ def tell(events: Iterable[Mapping[str, Any]], job: str | None, task: str, outcom
 
 
 def of_slurm(info: JobInfo, story: Story, finished: bool) -> State:
-    """Of a job that Slurm knows. finished: the run has come to its last step."""
+    """Of a job that Slurm knows. finished: the run has come to its last step, or was stopped early."""
     word = info.state
     began = bool(info.restarts) or bool(story.start)
     if word in slurm.RUNNING:

@@ -140,6 +140,8 @@ class _Seen:
         if known is not None and known.state in slurm.WAITING and known.reason:
             until = f", until {known.start}" if known.reason == "BeginTime" and known.start else ""
             remarks.append(f"waits: {known.reason}{until}")
+        if now == "completed" and self.figures.stopped_early:
+            remarks.append(f"stopped early at step {self.figures.step}: its evaluations got no better")
         remarks += self._afterwards(answers, told)
         return RunStatus(
             run=str(self.run),

@@ -66,7 +66,8 @@ class Retention:
     keep_last: int = 2
     keep_every: int | None = None
     keep_best: int = 0
-    best: str = "knn_top1"
+    best: tuple[str, ...] = ("top1", "knn_top1")
+    """Figures to choose by: the first that any checkpoint has."""
 
 
 def sha256(path: Path) -> str:
@@ -186,7 +187,8 @@ def prune(root: Path, newest: int, retention: Retention, trusted: set[int]) -> N
         keep |= {step for step in whole if step % retention.keep_every == 0}
     if retention.keep_best:
         figures = {step: manifest.get("figures") or {} for step, manifest in whole.items()}
-        ranked = sorted((f[retention.best], step) for step, f in figures.items() if retention.best in f)
+        best = next((name for name in retention.best if any(name in f for f in figures.values())), "")
+        ranked = sorted((f[best], step) for step, f in figures.items() if best in f)
         keep |= {step for _, step in ranked[-retention.keep_best :]}
     for step in sorted(whole.keys() - keep):
         path = folder_of(root, step)

@@ -19,15 +19,27 @@ from selfsup.data.bad_files import BadFileLog
 from selfsup.data.loader import Batch, Loader
 from selfsup.data.sources import Source, open_source, wrap_dataset
 from selfsup.data.views import View
+from selfsup.early_stopping import EarlyStopping
 from selfsup.errors import UserError
 from selfsup.health import CollapseMonitor
 from selfsup.log import Progress
-from selfsup.optim import LossScale, create_optimizer, load_state_tensors, parameter_groups, state_tensors
+from selfsup.optim import LossScale, create_optimizer, parameter_groups
+from selfsup.optim_state import load_state_tensors, state_tensors
 from selfsup.schedules import Plan, Schedule, evaluate, optimizer_schedules, peak_learning_rate, plan
 from selfsup.spikes import SpikeDetector
 
 KEPT_AT_MOST = 3
 """Refused batches of a run that are kept for `selfsup replay`, each with the weights."""
+
+
+class EarlyStopState(OpenSection):
+    """What `EarlyStopping` knows."""
+
+    metric: str | None
+    mode: str
+    best: float | None
+    best_step: Annotated[int, Field(ge=0)]
+    waited: Annotated[int, Field(ge=0)]
 
 
 class TrainerState(OpenSection):
@@ -43,6 +55,7 @@ class TrainerState(OpenSection):
     refused_in_row: Annotated[int, Field(ge=0)]
     losses: tuple[float, ...] = ()
     """The spike detector's window."""
+    early_stop: EarlyStopState | None = None
     left_out: tuple[int, ...] = ()
     rollbacks: Annotated[int, Field(ge=0)] = 0
 
@@ -67,6 +80,7 @@ class Run:
     progress: Progress
     monitor: CollapseMonitor
     spikes: SpikeDetector
+    early_stopping: EarlyStopping
     bad_files: BadFileLog
     writer: Writer
     step: int = 0
@@ -110,7 +124,8 @@ class Run:
         method.train()
         _configure(method, config)
         trainable = [(n, p) for n, p in method.named_parameters() if p.requires_grad]
-        optimizer = create_optimizer(config.optimizer, parameter_groups(trainable, config.optimizer.layer_decay))
+        groups = parameter_groups(trainable, config.optimizer.layer_decay, config.optimizer.decay_all)
+        optimizer = create_optimizer(config.optimizer, groups, peak_learning_rate(config))
         loader = Loader(
             source,
             views or method.views(),
@@ -149,6 +164,7 @@ class Run:
             progress=Progress(length.steps, 0, every=max(50, config.log_every), enabled=dist.is_main() and not quiet),
             monitor=CollapseMonitor(),
             spikes=SpikeDetector(config.spike.factor, config.spike.window),
+            early_stopping=EarlyStopping(**config.early_stop.model_dump()),
             bad_files=BadFileLog(out / "bad_files.jsonl", config.data.max_bad_fraction),
             writer=Writer(out / "checkpoints", retention),
             refused_in_row=torch.zeros((), device=device),
@@ -192,6 +208,7 @@ class Run:
             "runtime": runtime.fingerprint(),
             "health": self.monitor.state(),
             "losses": self.spikes.state(),
+            "early_stop": self.early_stopping.state(),
             "left_out": sorted(self.left_out),
             "rollbacks": self.rollbacks,
             "refused_in_row": int(self.refused_in_row.item()),
@@ -279,6 +296,7 @@ class Run:
             raise UserError(f"{folder}: does not fit this configuration: {' '.join(first[:2])[:300]}") from None
         self.monitor.restore(trainer.health)
         self.spikes.restore(trainer.losses)
+        self.early_stopping.restore(trainer.early_stop.model_dump() if trainer.early_stop else {})
         self.refused_in_row.fill_(trainer.refused_in_row)
         self.step = trainer.step
 

@@ -163,6 +163,16 @@ class BackboneConfig(OpenSection):
     """How position embeddings meet another image size: bicubic by size, timm's (antialiased), or DINO's by scale factor."""
     in_chans: Positive = 3
     pretrained: bool = False
+    init: Literal["default", "xavier"] = "default"
+    """Of weights that are not pretrained: timm's own, or uniform of Glorot & Bengio, 2010, equation 16, with zero biases."""
+
+    @model_validator(mode="after")
+    def _check_init(self) -> "BackboneConfig":
+        if self.pretrained and self.init != "default":
+            raise ValueError(
+                f"init={self.init} would undo pretrained=true; leave out one of backbone.init and backbone.pretrained"
+            )
+        return self
 
 
 class MethodConfig(OpenSection):
@@ -198,24 +208,78 @@ class TeacherConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """Optimizer, its schedules, and clipping."""
+    """Optimizer, its schedules, regularisation of weights, and clipping."""
 
-    name: Literal["adamw", "sgd", "lars"] = "adamw"
+    name: Literal["adamw", "sgd", "lars", "lamb", "adafactor", "adabound"] = "adamw"
     lr: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate as it is used; default: base_lr * global_batch / 256."""
     base_lr: Annotated[float, Field(gt=0)] = 5e-4
     min_lr: Annotated[float, Field(ge=0)] = 1e-6
+    """Where the schedule ends; 0 for a cool-down to zero."""
+    schedule: Literal["cosine", "linear", "constant", "step"] = "cosine"
+    """After the warm-up: down to min_lr by half a cosine or a line; at the peak; or times step_factor at each milestone."""
     warmup: Duration = "10%"
+    warmup_kind: Literal["gradual", "constant"] = "gradual"
+    """Rise to the peak in a line, or stay low and then jump (Goyal et al., 2017, section 2.2)."""
+    warmup_factor: Probability | None = None
+    """Of the peak, where a gradual warm-up begins (default 0) and a constant one stays (default 0.1)."""
+    cooldown: Duration = "0%"
+    """In a line to min_lr over the last so many steps, from a constant or step schedule (Zhai et al., 2022, section 3.5)."""
+    milestones: tuple[Duration, ...] = ()
+    """Of schedule=step, from the beginning of the run: ["30 epochs", "60 epochs", "80 epochs"]."""
+    step_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 0.04
     weight_decay_end: Annotated[float, Field(ge=0)] | None = 0.4
     """Cosine from weight_decay to this; null keeps it constant."""
+    head_weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Of what is not the backbone; null: as the backbone's. A stronger one helps few-shot transfer (Zhai et al., 2022, 3.1)."""
+    head_weight_decay_end: Annotated[float, Field(ge=0)] | None = None
+    """Cosine from head_weight_decay to this; null keeps it constant."""
+    decay_all: bool = False
+    """Decay biases and norms too; false leaves them alone (He et al., 2019, "Bag of Tricks", section 3.1)."""
+    decoupled: bool | None = None
+    """Weight decay shrinks the weights by lr * decay (Loshchilov & Hutter, 2019), or is an L2 term's gradient, which momentum
+    and scaling see. null: as the optimizer's paper has it, that is decoupled for adamw and adafactor, L2 for sgd, lars and
+    adabound; lamb adds it to the update that the trust ratio scales. adamw with false is Adam."""
+    l1: Annotated[float, Field(ge=0)] = 0.0
+    """Times sign(w), added to the clipped gradients of the weights that are decayed."""
     clip: Annotated[float, Field(gt=0)] | None = 3.0
     clip_mode: Literal["parameter", "global"] = "parameter"
     """Clip each parameter's gradient norm (DINO's code) or the norm over all."""
     momentum: Probability = 0.9
+    """Of sgd and lars."""
+    nesterov: bool = False
+    """Of sgd and lars."""
     betas: tuple[Probability, Probability] = (0.9, 0.999)
+    """Of adamw, lamb, adabound; of adafactor its momentum, and the limit that the decay of its second moment grows to."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Not of adafactor, which adds 1e-30 to squared gradients."""
+    momentum_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of adafactor (Zhai et al., 2022, section 3.4)."""
+    final_lr: Annotated[float, Field(gt=0)] = 0.1
+    """Of adabound: the rate of SGD that its bounds close on, at the peak; it follows the schedule as lr does."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimizerConfig":
+        fixed = {"adafactor": True, "sgd": False, "lars": False}.get(self.name)
+        if fixed is not None and self.decoupled not in (None, fixed):
+            kind = "decoupled" if fixed else "L2"
+            raise ValueError(f"decoupled={self.decoupled}: weight decay of {self.name} is {kind}; leave it out")
+        if self.nesterov and not self.momentum and self.name in ("sgd", "lars"):
+            raise ValueError("nesterov=true needs optimizer.momentum above 0, as in 0.9")
+        if self.head_weight_decay_end is not None and self.head_weight_decay is None:
+            raise ValueError("head_weight_decay_end needs optimizer.head_weight_decay, where it starts")
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError(
+                f"schedule={self.schedule} with {len(self.milestones)} milestones: they go together, as in "
+                "optimizer.schedule=step optimizer.milestones=['30 epochs','60 epochs']"
+            )
+        if parse_duration(self.cooldown)[0] and self.schedule in ("cosine", "linear"):
+            raise ValueError(
+                f"cooldown={self.cooldown!r}: schedule={self.schedule} comes down by itself; use schedule=constant or step"
+            )
+        return self
 
 
 class CheckpointConfig(Section):
@@ -227,7 +291,8 @@ class CheckpointConfig(Section):
     keep_every: Positive | None = None
     """Also keep, for good, those of steps divisible by this."""
     keep_best: Annotated[int, Field(ge=0)] = 0
-    """Also keep so many with the best k-NN accuracy; evaluations then end with a save. Needs eval.every."""
+    """Also keep so many with the best top-1, of what tells classes or else of the k-NN; evaluations then end with a save.
+    Needs eval.every."""
 
 
 class EvalConfig(Section):
@@ -243,6 +308,19 @@ class EvalConfig(Section):
     """At most this many bank images in evaluations during training (a seeded choice)."""
     as_jobs: bool = False
     """Evaluations of `every` run as separate jobs beside the training, where it was submitted; figures in RUN/eval/step_*."""
+
+
+class EarlyStopConfig(Section):
+    """Ending a run whose evaluations get no better (Prechelt, 1998)."""
+
+    patience: Positive | None = None
+    """So many evaluations in a row without a new best end the run, as done; null: none does. Needs eval.every."""
+    metric: str | None = None
+    """A figure of the evaluations; null: top1 where something tells classes, else knn_top1."""
+    mode: Literal["max", "min"] = "max"
+    """Whether larger or smaller is better."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """A new best is better by more than this."""
 
 
 class InitConfig(Section):
@@ -280,6 +358,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     init_from: InitConfig = InitConfig()
     spike: SpikeConfig = SpikeConfig()
+    early_stop: EarlyStopConfig = EarlyStopConfig()
 
     steps: Positive | None = None
     epochs: Annotated[float, Field(gt=0, le=1e9)] | None = None
@@ -328,11 +407,16 @@ class Config(Section):
         if self.global_batch % self.accumulate:
             raise ValueError(f"accumulate={self.accumulate} does not divide global_batch={self.global_batch}")
         if self.checkpoint.keep_best and not self.eval.every:
-            raise ValueError("checkpoint.keep_best needs eval.every: the best are chosen by its k-NN accuracy")
+            raise ValueError("checkpoint.keep_best needs eval.every: the best are chosen by its accuracy")
         if self.checkpoint.keep_best and self.eval.as_jobs:
             raise ValueError(
                 "checkpoint.keep_best needs figures when a checkpoint is written, and those of eval.as_jobs come later; "
                 "use eval.as_jobs=false or checkpoint.keep_best=0"
+            )
+        if self.early_stop.patience and (not self.eval.every or self.eval.as_jobs):
+            raise ValueError(
+                f"early_stop.patience={self.early_stop.patience} counts evaluations during training; "
+                "give eval.every, and eval.as_jobs=false"
             )
         for key in ("mean", "std"):
             value = getattr(self.data, key)

@@ -23,7 +23,7 @@ from selfsup.guard.lease import Lease
 from selfsup.guard.watchdog import Watchdog
 from selfsup.initialise import initialise
 from selfsup.methods.contract import ViewBatch
-from selfsup.optim import clip_gradients, guarded_step, set_hyperparameters
+from selfsup.optim import add_l1, clip_gradients, guarded_step, set_hyperparameters
 from selfsup.profile import profiled
 from selfsup.recorder import Recorder
 from selfsup.run import KEPT_AT_MOST, Run
@@ -65,6 +65,7 @@ class Result:
 
     out: Path
     steps: int
+    """Taken; fewer than planned if `early_stop` ended it."""
     config: Config
     evaluations: dict[str, float] = field(default_factory=dict)
     """Figures of the last periodic evaluation."""
@@ -88,9 +89,9 @@ def train(
     method's own. evaluate: called as evaluate(backbone, step) every `eval.every` steps; its figures are logged.
     classify: called as classify(classifiers, step) at the same steps, if the method has any (`contract.Method.classifiers`).
     If they have a method `close`, that is called at the end, however it ends. teacher: a trained module to learn from,
-    instead of `config.teacher.path`; it is frozen where it is. A resume needs the same again.
-    Raises UserError for what the user can mend, EarlyStop when stopped by a signal or `stop_at` (resumable), RankLost
-    when another process of the run is gone.
+    instead of `config.teacher.path`; it is frozen where it is, and a resume needs the same again.
+    A run that `early_stop` ends is done, and a resume leaves it so. Raises UserError for what the user can mend, EarlyStop
+    when stopped by a signal or `stop_at` (resumable), RankLost when another process of the run is gone.
     """
     out = Path(out)
     stored = runfolder.stored_config(out) if resume else None
@@ -126,6 +127,8 @@ def train(
             dist.broadcast_module(run.method)
             if config.checkpoint.keep_best and not evaluations:
                 run.progress.note("checkpoint.keep_best keeps nothing: there is no evaluation to choose by")
+            if config.early_stop.patience and not evaluations:
+                run.progress.note("early_stop stops nothing: there is no evaluation to judge")
             watch = stack.enter_context(profiled(run, watch))
             return _train(run, signals, watch, evaluations, lease.check if lease is not None else lambda: None)
         except (RuntimeError, MemoryError) as error:
@@ -175,7 +178,9 @@ def _train(
 
     watch.at("export", run.step)
     run.export()
-    if run.step < run.plan.steps:
+    if run.early_stopping.stopped and run.step < run.plan.steps:
+        run.progress.note(run.early_stopping.why(run.step))
+    elif run.step < run.plan.steps:
         why = f"stop_at={run.config.stop_at}"
         if outcome == "stopped":
             why = signals.received.name if signals.received else "another rank's signal"
@@ -200,13 +205,14 @@ def _loop(
     end = min(run.plan.steps, config.stop_at or run.plan.steps)
     stopped = False
 
-    while run.step < end and not stopped:
+    while run.step < end and not (stopped or run.early_stopping.stopped):
         watch.at("data", run.step)
         waited = run.loader.wait_seconds
         batches = next(stream)
         recorder.data_wait(run.loader.wait_seconds - waited)
         s = evaluate(run.schedules, run.step)
-        set_hyperparameters(optimizer, s["lr"], s["wd"], freeze_backbone=run.step < run.head_only_steps)
+        head_only = run.step < run.head_only_steps
+        set_hyperparameters(optimizer, s["lr"], s["wd"], s.get("wd_head"), freeze_backbone=head_only)
         before = [b.clone() for b in buffers]
         optimizer.zero_grad(set_to_none=True)
 
@@ -230,6 +236,7 @@ def _loop(
         if run.scale is not None:
             run.scale.unscale_(parameters)
         norm = clip_gradients(parameters, config.optimizer.clip, config.optimizer.clip_mode)
+        add_l1(optimizer, config.optimizer.l1)
         finite = _verdict(parts["loss"], norm)
         left_out = run.step in run.left_out
         ok = torch.zeros_like(finite) if left_out else finite
@@ -266,6 +273,7 @@ def _look(run: Run, recorder: Recorder, watch: Watchdog, evaluations: Evaluation
         watch.at("evaluate", step)
         with recorder.clock_stopped():
             figures = run.evaluations = evaluations(run.method, step)
+        saves |= run.early_stopping.judge(step, figures)
     watch.at("log", step)
     found = recorder.flush(figures, last=last, problem=run.problem())
     for refusal in found.refused:

@@ -354,6 +354,13 @@ def test_keeps_round_steps_and_the_best(tmp_path: Path) -> None:
     assert verify(tmp_path / "step_00000007")["figures"] == {"knn_top1": 0.9}
 
 
+def test_the_best_are_those_of_the_classifier(tmp_path: Path) -> None:
+    """Where there is one; k-NN is measured beside it."""
+    for step, (top1, knn) in enumerate([(0.9, 0.1), (0.5, 0.9), (0.4, 0.8)], start=1):
+        save(tmp_path, step, state(step), Retention(keep_last=1, keep_best=1), {"knn_top1": knn, "top1": top1})
+    assert [s for s, _ in checkpoint.steps(tmp_path)] == [1, 3]
+
+
 # -------------------------------------------------------------------------------------------------------- in the background
 
 

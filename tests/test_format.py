@@ -28,7 +28,8 @@ from selfsup.config import load
 from selfsup.errors import UserError
 from selfsup.log import read_metrics
 from selfsup.methods import create
-from selfsup.optim import create_optimizer, load_state_tensors, parameter_groups, state_tensors
+from selfsup.optim import create_optimizer, parameter_groups
+from selfsup.optim_state import load_state_tensors, state_tensors
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 FORMATS = sorted(FIXTURES.glob("format_*"))

@@ -17,7 +17,7 @@ FOLDERS = {"selfsup": ROOT / "selfsup", "selfsup.eval": ROOT / "eval", "selfsup.
 # A part may import parts of its own level and below, except as FORBIDDEN says.
 LEVELS = [
     {"errors", "wording", "schema", "config", "randomness", "schedules", "dist", "ema", "heads", "batchnorm", "losses"}
-    | {"optim", "durable", "tensorfile", "spikes", "guard"},
+    | {"optim", "optim_state", "durable", "tensorfile", "spikes", "early_stopping", "guard"},
     {"checkpoint", "checkpoint_writer", "log", "health", "runtime", "placement", "runfolder", "status", "signals"}
     | {"recorder", "profile"},
     {"backbones", "data"},
@@ -40,6 +40,7 @@ NO_TORCH = {
     "guard",
     "durable",
     "spikes",
+    "early_stopping",
     "log",
 }
 FORBIDDEN = {  # part -> parts it must not import, although the levels would allow it
@@ -64,6 +65,7 @@ HEAVY = {
     "faiss",
     "submitit",
     "scipy",
+    "pytorch_optimizer",
 }
 
 

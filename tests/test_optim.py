@@ -10,21 +10,31 @@ from torch import Tensor, nn
 from selfsup.config import load
 from selfsup.optim import (
     LossScale,
+    add_l1,
     clip_gradients,
     create_optimizer,
     guarded_step,
-    load_state_tensors,
     parameter_groups,
     set_hyperparameters,
-    state_tensors,
 )
+from selfsup.optim_state import state_tensors
 
 OPTIMIZERS = {
     "adamw": [],
+    "adamw coupled": ["optimizer.decoupled=false"],
     "sgd": [],
     "sgd without momentum": ["optimizer.momentum=0"],
+    "sgd nesterov": ["optimizer.nesterov=true"],
     "lars": [],
+    "lars without momentum": ["optimizer.momentum=0"],
+    "lamb": [],
+    "adafactor": [],
+    "adafactor in float32": ["optimizer.momentum_dtype=float32"],
+    "adafactor without momentum": ["optimizer.betas=[0, 0.999]"],
+    "adabound": [],
+    "adabound decoupled": ["optimizer.decoupled=true"],
 }
+PEAK = 0.1
 
 
 class Small(nn.Module):
@@ -32,10 +42,10 @@ class Small(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.backbone = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])})
-        self.backbone["norm"] = nn.LayerNorm(4)
-        self.backbone["patch_embed"] = nn.Linear(3, 4)
-        self.head = nn.Linear(4, 2)
+        self.backbone = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])})
+        self.backbone["norm"] = nn.LayerNorm(16)
+        self.backbone["patch_embed"] = nn.Linear(3, 16)
+        self.head = nn.Linear(16, 2)
         self.unused = nn.Parameter(torch.ones(2, 2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,7 +61,7 @@ def build(
     torch.manual_seed(0)
     model = Small().to(dtype)
     config = load(None, [f"optimizer={name.split()[0]}", *OPTIMIZERS[name]]).optimizer
-    optimizer = create_optimizer(config, parameter_groups(list(model.named_parameters()), layer_decay))
+    optimizer = create_optimizer(config, parameter_groups(list(model.named_parameters()), layer_decay), PEAK)
     return model, optimizer
 
 
@@ -59,7 +69,7 @@ def step(model: Small, optimizer: torch.optim.Optimizer, seed: int, ok: float = 
     """One step on a random batch; a refused one has gradients of NaN and infinity."""
     generator = torch.Generator().manual_seed(seed)
     dtype = next(model.parameters()).dtype
-    set_hyperparameters(optimizer, lr=0.1, weight_decay=0.05)
+    set_hyperparameters(optimizer, lr=PEAK, weight_decay=0.05)
     optimizer.zero_grad(set_to_none=True)
     model(torch.randn(8, 3, generator=generator).to(dtype)).pow(2).mean().backward()
     if not ok:
@@ -110,7 +120,12 @@ def test_very_first_steps_refused(name: str) -> None:
     "name, reference",
     [
         ("adamw", lambda p: torch.optim.AdamW(p, lr=0.1, betas=(0.9, 0.999), weight_decay=0.05, foreach=False)),
+        ("adamw coupled", lambda p: torch.optim.Adam(p, lr=0.1, betas=(0.9, 0.999), weight_decay=0.05, foreach=False)),
         ("sgd", lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.05, foreach=False)),
+        (
+            "sgd nesterov",
+            lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.05, foreach=False),
+        ),
         ("sgd without momentum", lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.05, foreach=False)),
     ],
 )
@@ -209,6 +224,41 @@ def test_hyperparameters_and_frozen_backbone() -> None:
     assert not torch.equal(model.head.weight, head)
 
 
+def test_weight_decay_of_heads_and_of_norms() -> None:
+    """A head of its own decay, which follows its own schedule; biases and norms only if asked for."""
+    _, optimizer = build("adamw")
+    set_hyperparameters(optimizer, 0.2, 0.03, 3.0)
+    seen = {n: g["weight_decay"] for g in optimizer.param_groups for n in g["names"]}
+    assert seen["head.weight"] == seen["unused"] == 3.0 and seen["backbone.blocks.0.weight"] == 0.03
+    assert seen["head.bias"] == seen["backbone.norm.weight"] == seen["backbone.blocks.0.bias"] == 0
+    groups = parameter_groups(list(Small().named_parameters()), decay_all=True)
+    assert {g["wd_scale"] for g in groups} == {1.0} and len(groups) == 2
+
+
+@pytest.mark.parametrize("name", ["sgd without momentum", "adamw", "adafactor"])
+def test_l1_is_the_gradient_of_the_absolute_values(name: str) -> None:
+    """As if l1 * sum |w| over the decayed weights were in the loss; zeros stay where the loss leaves them."""
+    (model, optimizer), (other, reference) = build(name, torch.float64), build(name, torch.float64)
+    for network in (model, other):
+        network.head.weight.data[0] = 0.0
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(3)).double()
+    for _ in range(3):
+        for network, opt, inside in ((model, optimizer, False), (other, reference, True)):
+            set_hyperparameters(opt, PEAK, 0.0)
+            opt.zero_grad(set_to_none=True)
+            loss = network(x)[:, 1].pow(2).mean()
+            if inside:
+                used = [p for n, p in network.named_parameters() if p.ndim > 1 and n != "unused"]
+                loss = loss + 0.01 * sum(p.abs().sum() for p in used)
+            loss.backward()
+            if not inside:
+                add_l1(opt, 0.01)
+            guarded_step(opt, torch.ones(()))
+    assert torch.equal(model.head.weight[0], torch.zeros(16).double()) and torch.equal(model.unused, torch.ones(2, 2))
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[key], rtol=1e-9, atol=1e-11)
+
+
 # -------------------------------------------------------------------------------------------------------------- clipping
 
 
@@ -271,41 +321,6 @@ def test_clip_keeps_float64() -> None:
     assert norm.dtype == torch.float64
     for p, q in zip(parameters, theirs):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=0)
-
-
-# ----------------------------------------------------------------------------------------------------------------- state
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_state_round_trip_continues_bitwise(name: str) -> None:
-    """Three steps, state through a dict of tensors into a new optimizer, three more: as six without a break."""
-    (model, optimizer), (other, fresh) = build(name), build(name)
-    for seed in range(3):
-        step(model, optimizer, seed)
-    held = {k: v.clone() for k, v in state_tensors(optimizer).items()}
-    other.load_state_dict(model.state_dict())
-    load_state_tensors(fresh, held)
-    for seed in range(3, 6):
-        step(model, optimizer, seed)
-        step(other, fresh, seed)
-    first, second = bits(model, optimizer), bits(other, fresh)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[k], second[k]) for k in first)
-
-
-def test_loading_does_not_alias_and_refuses_strangers() -> None:
-    model, optimizer = build("adamw")
-    step(model, optimizer, 0)
-    held = state_tensors(optimizer)
-    _, fresh = build("adamw")
-    load_state_tensors(fresh, held)
-    assert all(v.data_ptr() != held[k].data_ptr() for k, v in state_tensors(fresh).items())
-    with pytest.raises(KeyError):
-        load_state_tensors(fresh, {"nobody|exp_avg": torch.zeros(2)})
-    moment = next(key for key, value in held.items() if value.ndim > 1)
-    for wrong in (torch.zeros(()), torch.zeros(1), held[moment].double(), held[moment].int()):  # fused kernels trust them
-        with pytest.raises(KeyError):
-            load_state_tensors(fresh, {**held, moment: wrong})
 
 
 def test_loss_scale() -> None:

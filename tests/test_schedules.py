@@ -5,7 +5,18 @@ import pytest
 
 from selfsup.config import load
 from selfsup.errors import UserError
-from selfsup.schedules import Plan, constant, cosine, evaluate, linear, optimizer_schedules, plan
+from selfsup.schedules import (
+    Plan,
+    constant,
+    cooled_down,
+    cosine,
+    evaluate,
+    linear,
+    optimizer_schedules,
+    plan,
+    steps_down,
+    warmed_up,
+)
 
 
 def published(base: float, final: float, total: int, warmup: int) -> np.ndarray:
@@ -102,3 +113,94 @@ def test_fewer_images_than_a_global_batch() -> None:
 
 def test_evaluate() -> None:
     assert evaluate({"a": constant(1.0), "b": linear(0, 1, 10)}, 5) == {"a": 1.0, "b": 0.5}
+
+
+# ------------------------------------------------------------------------------------------------- other than the cosine
+
+
+def rates(*overrides: str, steps: int = 10) -> list[float]:
+    """Of every step, and the one behind the last; 100 images, 10 a step."""
+    config = load(None, [f"steps={steps}", "global_batch=10", "optimizer.lr=1", "optimizer.min_lr=0", *overrides])
+    schedule = optimizer_schedules(config, plan(config, 100))["lr"]
+    return [schedule(step) for step in range(steps + 1)]
+
+
+NO_WARMUP = "optimizer.warmup=0 steps"
+
+
+def test_warm_up_constant_linear_cool_down() -> None:
+    """Zhai et al., 2022, section 3.5, point by point: to zero behind the last step, which still learns."""
+    options = ["optimizer.schedule=constant", "optimizer.warmup=3 steps", "optimizer.cooldown=4 steps"]
+    assert rates(*options) == pytest.approx([0, 0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+    assert rates(*options, "optimizer.min_lr=0.2") == pytest.approx([0, 0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+    assert rates("optimizer.schedule=constant", NO_WARMUP) == [1] * 11
+    assert rates("optimizer.schedule=constant", NO_WARMUP, "optimizer.cooldown=100%") == pytest.approx(
+        [1 - i / 10 for i in range(11)]
+    )
+
+
+def test_linear_decay() -> None:
+    found = rates("optimizer.schedule=linear", "optimizer.warmup=2 steps", "optimizer.min_lr=0.2")
+    assert found == pytest.approx([0, 1, *(1 - 0.8 * i / 8 for i in range(9))])
+
+
+def test_step_decay() -> None:
+    """Milestones in any unit, from the beginning of the run; the rate falls at the milestone itself."""
+    options = ["optimizer.schedule=step", "optimizer.milestones=['5 steps','80 samples']", "optimizer.step_factor=0.5"]
+    assert rates(*options, NO_WARMUP) == [1, 1, 1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25]
+    both = rates(*options, "optimizer.warmup=2 steps", "optimizer.cooldown=4 steps")
+    assert both == pytest.approx([0, 1, 1, 1, 1, 0.5, 0.5, 0.375, 0.25, 0.125, 0])
+    epochs = ["optimizer.schedule=step", "optimizer.milestones=['1 epochs','50%']", NO_WARMUP]
+    assert rates(*epochs, steps=40)[9:22] == pytest.approx([1] + [0.1] * 10 + [0.01] * 2)
+
+
+def test_kinds_of_warm_up() -> None:
+    """Goyal et al., 2017, section 2.2: a low constant rate and then the whole one; or a gradual rise, from any start."""
+    flat = ["optimizer.schedule=constant", "optimizer.warmup=4 steps"]
+    assert rates(*flat, "optimizer.warmup_kind=constant") == [0.1] * 4 + [1] * 7
+    assert rates(*flat, "optimizer.warmup_kind=constant", "optimizer.warmup_factor=0.25")[:5] == [0.25] * 4 + [1]
+    assert rates(*flat, "optimizer.warmup_factor=0.25")[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    assert rates(*flat)[:5] == pytest.approx([0, 1 / 3, 2 / 3, 1, 1])
+    cosine_after = rates("optimizer.warmup=4 steps", "optimizer.warmup_kind=constant")
+    assert cosine_after[4:] == [cosine(1, 0, 10, 4)(s) for s in range(4, 11)]
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 2, 37, 333, 400])
+@pytest.mark.parametrize("peak", [5e-4, 0.03, 1.7])
+def test_the_default_is_the_published_cosine_bit_for_bit(warmup: int, peak: float) -> None:
+    config = load(None, ["steps=333", f"optimizer.lr={peak!r}", f"optimizer.warmup={warmup} steps"])
+    found = optimizer_schedules(config, plan(config, 1000))
+    published = cosine(peak, 1e-6, 333, min(warmup, 333))
+    assert [found["lr"](s) for s in range(335)] == [published(s) for s in range(335)]
+    assert found.keys() == {"lr", "wd"}
+
+
+def test_decay_of_the_head() -> None:
+    config = load(None, ["steps=10", "optimizer.head_weight_decay=3", "optimizer.weight_decay=0.03"])
+    found = optimizer_schedules(config, plan(config, 100))
+    assert {found["wd_head"](s) for s in range(10)} == {3.0}
+    config = load(None, ["steps=10", "optimizer.head_weight_decay=3", "optimizer.head_weight_decay_end=1"])
+    found = optimizer_schedules(config, plan(config, 100))["wd_head"]
+    assert found(0) == 3 and found(5) == pytest.approx(2) and found(10) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["optimizer.schedule=constant", "optimizer.cooldown=11 steps"], "optimizer.cooldown='11 steps'"),
+        (["optimizer.schedule=constant", "optimizer.cooldown=200%"], "optimizer.cooldown='200%'"),
+        (["optimizer.schedule=constant", "optimizer.cooldown=6 steps", "optimizer.warmup=5 steps"], "shorten one"),
+        (["optimizer.schedule=step", "optimizer.milestones=['1 steps','2 epochs']"], "'2 epochs'"),
+    ],
+)
+def test_a_run_too_short_for_its_schedule(options: list[str], named: str) -> None:
+    with pytest.raises(UserError, match="optimizer") as caught:
+        rates(*options)
+    assert named in str(caught.value) and "10" in str(caught.value)
+
+
+def test_pieces() -> None:
+    assert [steps_down(8.0, 0.5, [2, 2, 4])(s) for s in range(6)] == [8, 8, 2, 2, 1, 1]
+    assert [cooled_down(constant(4.0), 0.0, 4, 2)(s) for s in range(6)] == [4, 4, 4, 2, 0, 0]
+    assert cooled_down(constant(4.0), 0.0, 4, 0)(99) == 4
+    assert [warmed_up(constant(4.0), 1.0, 4.0, 1)(s) for s in range(2)] == [1, 4]

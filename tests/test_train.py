@@ -45,7 +45,17 @@ def files(run: Path, step: int) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     ("overrides", "backbone"),
-    [(["precision=fp32"], None), (["precision=bf16"], None), (["optimizer=sgd"], "resnet10t"), ([], "efficientvit_b0")],
+    [
+        (["precision=fp32"], None),
+        (["precision=bf16"], None),
+        (["optimizer=sgd"], "resnet10t"),
+        ([], "efficientvit_b0"),
+        (["optimizer=lars", "optimizer.lr=1", "optimizer.nesterov=true"], None),
+        (["optimizer=lamb", "optimizer.lr=1e-2", "optimizer.l1=1e-4", "optimizer.head_weight_decay=0.5"], None),
+        (["optimizer=adafactor", "optimizer.lr=1e-3", "optimizer.schedule=constant", "optimizer.cooldown=50%"], None),
+        (["optimizer=adabound", "optimizer.lr=1e-3", "optimizer.warmup=0%"], None),
+        (["optimizer=adafactor", "optimizer.lr=1e-3"], "resnet10t"),
+    ],
 )
 def test_stop_and_resume_is_bitwise(images: Path, tmp_path: Path, overrides: list[str], backbone: str | None) -> None:
     """Stopped twice, resumed with other worker counts: log, weights, optimizer and export are the same bytes."""
@@ -117,13 +127,15 @@ class CountSyncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
 def test_no_host_sync_between_logging_steps(images: Path, tmp_path: Path, optimizer: str) -> None:
     """Twice the steps, as many logging steps: not one more look at a tensor's value."""
     counts = []
     for steps in (6, 12):
         config = config_for(
-            images, f"steps={steps}", "log_every=100", f"optimizer={optimizer}", "backbone.drop_path_rate=0.1"
+            images,
+            *(f"steps={steps}", "log_every=100", f"optimizer={optimizer}", "optimizer.l1=1e-5"),
+            "backbone.drop_path_rate=0.1",
         )
         with CountSyncs() as syncs:
             selfsup.train(config, out=tmp_path / str(steps), quiet=True)

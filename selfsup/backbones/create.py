@@ -12,6 +12,7 @@ from torch import nn
 
 from selfsup.backbones.backbone import Backbone, _pair
 from selfsup.backbones.positions import PosInterp, set_pos_interp
+from selfsup.backbones.xavier import xavier
 from selfsup.config import BackboneConfig, suggest
 from selfsup.errors import UserError
 from selfsup.wording import one_line
@@ -36,6 +37,9 @@ def create_backbone(
     input_size: pixels of the largest crop; models that are built for a size are built for this one, unless the
     option `img_size` says otherwise. Models that can, are made to take other sizes as well. Raises UserError for
     unknown names and options, with a suggestion.
+
+    Residual branches of timm's ResNets begin at zero (He et al., 2019, "Bag of Tricks", section 3.1: the last norm's gamma),
+    unless the option `zero_init_last` is false.
     """
     options = dict(config.options)
     for key, why in OWNED.items():
@@ -45,6 +49,8 @@ def create_backbone(
         raise UserError("backbone.global_pool='': a backbone needs one embedding an image; use avg, token or max")
     options["in_chans"] = config.in_chans
     model, options = build(config.name, options, input_size=input_size, pretrained=config.pretrained)
+    if config.init == "xavier":
+        xavier(model)
     return wrap(model, config.name, options, mean=mean, std=std, input_size=input_size, pos_interp=config.pos_interp)
 
 

@@ -389,6 +389,26 @@ def test_steps(tmp_path: Path):
     assert figures.total_steps(run) == 80
 
 
+def test_stopped_early(no_slurm: None, tmp_path: Path):
+    """Finished before its last step, if the newest checkpoint is of the newest step and says so."""
+    run = trained(tmp_path / "run", 40)
+    assert not figures.read(run).finished
+
+    def saved(step: int, trainer: object) -> None:
+        folder = run / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "trainer.json").write_text(json.dumps(trainer))
+
+    for told in ({"stopped": False}, {"stopped": "yes"}, {}, None, "stopped", [True]):
+        saved(40, {"early_stop": told})
+        assert not figures.read(run).finished, told
+    saved(40, {"early_stop": {"stopped": True}})
+    assert figures.read(run).finished and one(run).state == "completed"
+    assert one(run).remarks == ("stopped early at step 40: its evaluations got no better",)
+    trained(run, 41)  # somebody went on with more patience
+    assert not figures.read(run).finished and one(run).state == "failed"
+
+
 def test_time_left(tmp_path: Path):
     """By the pieces since the last start: neither a pause between two starts nor a long evaluation counts."""
     run = trained(tmp_path / "run", 40)

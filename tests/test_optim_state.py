@@ -1,0 +1,130 @@
+"""State of every optimizer as a table of tensors and back; tables that belong to another one are refused whole."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from selfsup.optim_state import load_state_tensors, state_tensors
+from tests.test_optim import OPTIMIZERS, bits, build, step
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_round_trip_continues_bitwise(name: str, dtype: torch.dtype) -> None:
+    """Three steps, state through a dict of tensors into a new optimizer, three more: as six without a break."""
+    (model, optimizer), (other, fresh) = build(name, dtype), build(name, dtype)
+    for seed in range(3):
+        step(model, optimizer, seed)
+    held = {k: v.clone() for k, v in state_tensors(optimizer).items()}
+    other.load_state_dict(model.state_dict())
+    step(other, fresh, 77)  # what it knew is forgotten
+    other.load_state_dict(model.state_dict())
+    load_state_tensors(fresh, held)
+    for seed in range(3, 6):
+        step(model, optimizer, seed)
+        step(other, fresh, seed)
+    first, second = bits(model, optimizer), bits(other, fresh)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_before_the_first_step(name: str) -> None:
+    (model, optimizer), (other, fresh) = build(name), build(name)
+    step(other, fresh, 77)
+    other.load_state_dict(model.state_dict())
+    load_state_tensors(fresh, state_tensors(optimizer))
+    for seed in range(2):
+        step(model, optimizer, seed)
+        step(other, fresh, seed)
+    first, second = bits(model, optimizer), bits(other, fresh)
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_refused_right_after_loading(name: str) -> None:
+    model, optimizer = build(name)
+    step(model, optimizer, 0)
+    held = {k: v.clone() for k, v in state_tensors(optimizer).items()}
+    load_state_tensors(optimizer, held)
+    before = bits(model, optimizer)
+    step(model, optimizer, 9, ok=0.0)
+    after = bits(model, optimizer)
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_keeps_strides_and_does_not_alias() -> None:
+    model, optimizer = build("adamw")
+    step(model, optimizer, 0)
+    held = state_tensors(optimizer)
+    _, fresh = build("adamw")
+    load_state_tensors(fresh, held)
+    assert all(v.data_ptr() != held[k].data_ptr() for k, v in state_tensors(fresh).items())
+
+
+def damaged(held: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tables that are nearly right: each is refused."""
+    moment = next(k for k, v in held.items() if v.ndim > 1 and not k.endswith("|step"))
+    wrong = {
+        "scalar": torch.zeros(()),
+        "short": torch.zeros(1),
+        "flat": held[moment].flatten(),
+        "integers": held[moment].int(),
+        "half": held[moment].half(),
+        "double": held[moment].double(),
+    }
+    out = {kind: {**held, moment: value} for kind, value in wrong.items()}
+    out["unknown parameter"] = {**held, "nobody|exp_avg": torch.zeros(2)}
+    out["unknown key"] = {**held, moment.rpartition("|")[0] + "|momentum": torch.zeros_like(held[moment])}
+    steps = [k for k in held if k.endswith("|step")]
+    if len({k.rpartition("|")[2] for k in held}) > 1:
+        out["lacking"] = {k: v for k, v in held.items() if k != moment}
+    for kind, value in (("nan", torch.nan), ("infinite", torch.inf), ("negative", -1.0)) if steps else ():
+        out[f"{kind} step"] = {**held, steps[0]: torch.tensor(value)}
+    if like:
+        out["of another optimizer"] = like
+    return out
+
+
+@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if "without momentum" not in n])
+def test_strangers_are_refused_and_change_nothing(name: str) -> None:
+    """Kernels trust shapes and types: a moment that is too small would be read beyond its end."""
+    model, optimizer = build(name)
+    other, stranger = build("sgd" if "sgd" not in name and "lars" not in name else "adamw")
+    step(model, optimizer, 0)
+    step(other, stranger, 0)
+    held = {k: v.clone() for k, v in state_tensors(optimizer).items()}
+    before = bits(model, optimizer)
+    for kind, table in damaged(held, state_tensors(stranger)).items():
+        with pytest.raises(KeyError):
+            load_state_tensors(optimizer, table)
+            pytest.fail(f"{name} takes a table that is wrong: {kind}")
+        after = bits(model, optimizer)
+        assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before), kind
+
+
+@pytest.mark.parametrize("name", ["lamb", "adabound"])
+def test_counts_of_a_group_must_agree(name: str) -> None:
+    """A parameter that has had no gradient yet has its group's count all the same, and no moments."""
+    model, optimizer = build(name)
+    for seed in range(2):
+        step(model, optimizer, seed)
+    held = {k: v.clone() for k, v in state_tensors(optimizer).items()}
+    assert held["unused|step"] == 2 and [k for k in held if k.startswith("unused|")] == ["unused|step"]
+    for table in (
+        {**held, "unused|step": torch.tensor(5.0, dtype=held["unused|step"].dtype)},
+        {k: v for k, v in held.items() if k != "unused|step"},
+    ):
+        with pytest.raises(KeyError, match="step"):
+            load_state_tensors(optimizer, table)
+
+
+def test_adafactor_is_factored() -> None:
+    """A row and a column of second moments for a matrix: what its checkpoint is small for."""
+    model, optimizer = build("adafactor")
+    step(model, optimizer, 0)
+    held = state_tensors(optimizer)
+    name = "backbone.blocks.0.weight"
+    assert held[f"{name}|exp_avg_sq_r"].numel() == held[f"{name}|exp_avg_sq_c"].numel() == 16
+    assert held[f"{name}|exp_avg"].dtype == torch.bfloat16 and f"{name}|exp_avg_sq" not in held
+    assert held["head.weight|exp_avg_sq"].shape == (2, 16)  # too small to factor
