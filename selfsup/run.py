@@ -14,6 +14,7 @@ from selfsup.backbones.export import export_timm
 from selfsup.batchnorm import synchronise
 from selfsup.checkpoint import Retention, State
 from selfsup.checkpoint_writer import Writer
+from selfsup.classifier import NotAsTimm, export_classifier
 from selfsup.config import Config, OpenSection, validate
 from selfsup.data.bad_files import BadFileLog
 from selfsup.data.loader import Batch, Loader
@@ -365,16 +366,24 @@ class Run:
         )
 
     def export(self) -> None:
-        """RUN/backbone, and RUN/backbones/NAME for every further one."""
+        """RUN/backbone, RUN/backbones/NAME for every further one, RUN/classifier where timm can express what tells classes."""
         error: UserError | None = None
         if dist.is_main():
             try:
                 export_timm(self.method.export(), self.out / "backbone")
                 for name, backbone in getattr(self.method, "further", dict)().items():
                     export_timm(backbone, self.out / "backbones" / name)
+                self._export_classifier()
             except UserError as cause:
                 error = cause
         dist.raise_together(error, "exporting the backbone")
+
+    def _export_classifier(self) -> None:
+        for name, main in list(self.method.classifiers().items())[:1]:
+            try:
+                export_classifier(main, self.out / "classifier", self.source.classes)
+            except NotAsTimm as reason:
+                self.progress.note(f"no {self.out / 'classifier'}: {name!r} is no timm model: {reason}")
 
 
 def _count_classes(config: Config, source: Source) -> Config:

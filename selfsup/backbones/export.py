@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,20 @@ def export_timm(backbone: Backbone, out_dir: str | Path) -> Path:
     The outputs are those of `backbone.model` bit for bit (weights in float32). The same weights give the same bytes.
     Returns the folder. Raises UserError if it cannot be written.
     """
-    out = Path(out_dir)
-    text = json.dumps(_config(backbone), indent=2, sort_keys=True) + "\n"
-    state = {k: _plain(v) for k, v in sorted(backbone.model.state_dict().items())}
+    return write_folder(Path(out_dir), folder_config(backbone), backbone.model.state_dict(), "backbone")
+
+
+def write_folder(out: Path, config: Mapping[str, Any], state: Mapping[str, Tensor], what: str) -> Path:
+    """OUT/config.json and OUT/model.safetensors, the same bytes for the same values. UserError if they cannot be written."""
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    plain = {k: _plain(v) for k, v in sorted(state.items())}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write(out / "model.safetensors", save(state, metadata={"format": "pt"}))
+        _write(out / "model.safetensors", save(plain, metadata={"format": "pt"}))
         _write(out / "config.json", text.encode())
     except OSError as error:
         raise UserError(
-            f"{out}: the backbone cannot be written: {error.strerror or error}; choose another folder"
+            f"{out}: the {what} cannot be written: {error.strerror or error}; choose another folder"
         ) from None
     return out
 
@@ -51,8 +56,8 @@ def timm_difference(backbone: Backbone, out_dir: str | Path, size: Size | None =
     """Largest absolute difference between bare timm's model of OUT and `backbone` on noise; 0.0 is expected."""
     with torch.random.fork_rng(devices=[]):
         bare = timm.create_model(f"local-dir:{out_dir}", pretrained=True).eval()
-    images = _noise(backbone, size, batch=2)
-    with torch.no_grad(), _evaluating(backbone):
+    images = noise(backbone, size, batch=2)
+    with torch.no_grad(), evaluating(backbone):
         return float((bare(images) - _on_cpu(backbone)(images).pooled).abs().max())
 
 
@@ -69,10 +74,10 @@ def export_onnx(backbone: Backbone, path: str | Path, size: Size | None = None) 
     if path.suffix != ".onnx":
         raise UserError(f"{path}: an ONNX file ends in .onnx")
     backbone.check_size(_pair(size or backbone.image_size))
-    with _evaluating(backbone):
+    with evaluating(backbone):
         module = _Outputs(_on_cpu(backbone)).eval()
-        _to_onnx(module, _noise(backbone, size, batch=2), path)
-        return _onnx_difference(module, _noise(backbone, size, batch=3), path)
+        _to_onnx(module, noise(backbone, size, batch=2), path)
+        return _onnx_difference(module, noise(backbone, size, batch=3), path)
 
 
 class _Outputs(nn.Module):
@@ -116,8 +121,8 @@ def _onnx_difference(module: nn.Module, images: Tensor, path: Path) -> float:
     return max(float((torch.from_numpy(f) - e).abs().max()) for f, e in zip(found, expected, strict=True))
 
 
-def _config(backbone: Backbone) -> dict[str, Any]:
-    """The contents of config.json, in timm's format, with one section of ours."""
+def folder_config(backbone: Backbone, classes: int = 0) -> dict[str, Any]:
+    """The contents of config.json, in timm's format, with one section of ours; classes: of the classifier, 0 for none."""
     source = backbone.model.pretrained_cfg
     flexible = backbone.options.get("dynamic_img_size") or backbone.options.get("strict_img_size") is False
     size = list(backbone.image_size)
@@ -125,7 +130,7 @@ def _config(backbone: Backbone) -> dict[str, Any]:
     args["in_chans"] = backbone.in_chans
     config = {
         "architecture": backbone.name.partition(".")[0],
-        "num_classes": 0,
+        "num_classes": classes,
         "num_features": backbone.embed_dim,
         "model_args": args,
         "pretrained_cfg": {
@@ -135,7 +140,7 @@ def _config(backbone: Backbone) -> dict[str, Any]:
             "crop_pct": 0.875,
             "mean": list(backbone.mean),
             "std": list(backbone.std),
-            "num_classes": 0,
+            "num_classes": classes,
             "pool_size": None,
             "first_conv": source.get("first_conv"),  # type: ignore[union-attr,operator]
             "classifier": source.get("classifier"),  # type: ignore[union-attr,operator]
@@ -164,7 +169,8 @@ def _write(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _noise(backbone: Backbone, size: Size | None, batch: int) -> Tensor:
+def noise(backbone: Backbone, size: Size | None, batch: int) -> Tensor:
+    """Images [batch, C, h, w] of normal noise, always the same; size: default `backbone.image_size`."""
     h, w = _pair(size or backbone.image_size)
     return torch.randn(batch, backbone.in_chans, h, w, generator=torch.Generator().manual_seed(0))
 
@@ -178,7 +184,8 @@ def _on_cpu(backbone: Backbone) -> Backbone:
 
 
 @contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Any:
+def evaluating(module: nn.Module) -> Any:
+    """A context in which `module` is in eval mode."""
     modes = {m: m.training for m in module.modules()}
     module.eval()
     try:

@@ -14,6 +14,7 @@ METHODS = {
     "deit": "selfsup.methods.deit:DeiT",
     "dino": "selfsup.methods.dino:DINO",
     "distill": "selfsup.methods.distill:Distill",
+    "supervised": "selfsup.methods.supervised:Supervised",
 }
 
 
