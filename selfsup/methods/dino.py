@@ -25,7 +25,8 @@ from selfsup.data.views import View, multicrop
 from selfsup.ema import ema_update
 from selfsup.errors import UserError
 from selfsup.heads import DINOHead
-from selfsup.losses.dino import at_least_float32, dino_loss, teacher_health, teacher_probabilities
+from selfsup.losses.dino import dino_loss, teacher_health, teacher_probabilities
+from selfsup.losses.numerics import at_least_float32
 from selfsup.losses.prototypes import prototype_loss
 from selfsup.methods.contract import Labels, ViewBatch
 from selfsup.schedules import Plan, Schedule, cosine, linear

@@ -61,7 +61,8 @@ class FrozenNet(nn.Module):
         if self.prototypes is not None:
             z = self.prototypes(features.pooled)  # [N, K]
             prototypes = z if self.center is None else z - self.center
-        return Outputs(logits, features.pooled, features.cls, features.patches, prototypes, maps)
+        pooled, cls, patches = features.pooled, features.cls, features.patches
+        return Outputs(logits=logits, pooled=pooled, cls=cls, patches=patches, prototypes=prototypes, maps=maps)
 
 
 class ForeignNet(nn.Module):
@@ -137,8 +138,8 @@ class Teacher:
                 "are converted into one another"
             )
         self.same_values = self.mean == tuple(student_mean) and self.std == tuple(student_std)
-        constants = {"mean": self.mean, "std": self.std, "s_mean": student_mean, "s_std": student_std, "luma": LUMA}
-        self._constants = {key: torch.tensor(values)[:, None, None] for key, values in constants.items()}  # [C, 1, 1]
+        self._values = {"mean": self.mean, "std": self.std, "s_mean": student_mean, "s_std": student_std, "luma": LUMA}
+        self._constants = _constants(self._values, torch.zeros(()))
         if isinstance(net, ForeignNet):
             like = next(net.parameters(), torch.zeros(()))
             h, w = size or (view_size, view_size)
@@ -158,7 +159,7 @@ class Teacher:
     def move(self, function: Callable[[Tensor], Tensor]) -> None:
         """What `nn.Module._apply` does for the module that uses it: to a device, a dtype, a memory format."""
         self.net._apply(function)
-        self._constants = {key: function(value) for key, value in self._constants.items()}
+        self._constants = _constants(self._values, function(self._constants["mean"]))
 
     def prepare(self, images: Tensor) -> Tensor:
         """The student's normalised images [N, C, H, W] -> the teacher's [N, C', H', W']."""
@@ -186,6 +187,12 @@ class Teacher:
                 raise UserError(
                     f"teacher={self.name}: gives no {_WORDS[name]}, which {why[name]} needs; {_ADVICE[name]}"
                 )
+
+
+def _constants(values: Mapping[str, Sequence[float]], like: Tensor) -> dict[str, Tensor]:
+    """[C, 1, 1] each, on the device already when they are needed."""
+    made = {key: torch.tensor(list(v), dtype=like.dtype, device=like.device) for key, v in values.items()}
+    return {key: value[:, None, None] for key, value in made.items()}
 
 
 _WORDS = {

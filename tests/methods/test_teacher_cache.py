@@ -181,7 +181,7 @@ def test_stale_caches_are_refused(images: Path, tmp_path: Path) -> None:
 class Jumps(torch.utils.data.Dataset):
     """Augments by itself, at random."""
 
-    targets = [0] * 16
+    targets = [0, 1, 2, 3] * 4
 
     def __len__(self) -> int:
         return 16

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -258,7 +257,7 @@ def test_it_is_no_part_of_the_method_and_never_moves(images: Path, tmp_path: Pat
     modes: list[bool] = []
     teacher.model.bn1.register_forward_hook(lambda m, *_: modes.append(m.training))
     selfsup.train(config, out=tmp_path / "run", teacher=teacher, quiet=True)
-    assert len(modes) > 3 and not any(modes)
+    assert len(modes) >= 3 and not any(modes)
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
 
@@ -283,5 +282,5 @@ def test_sha256_is_of_the_weights() -> None:
     a, b = tiny_teacher(), tiny_teacher()
     assert weights_sha256(a) == weights_sha256(b) != weights_sha256(tiny_teacher(seed=1))
     with torch.no_grad():
-        b.model.bn1.running_mean[0] = np.nextafter(np.float32(b.model.bn1.running_mean[0]), np.float32(9))
+        b.model.bn1.running_mean[0].nextafter_(torch.tensor(9.0))
     assert weights_sha256(a) != weights_sha256(b)
