@@ -5,10 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if it is."""
-    return x if x.dtype == torch.float64 else x.float()
+from selfsup.losses.numerics import at_least_float32
 
 
 def teacher_probabilities(logits: Tensor, center: Tensor, temperature: float) -> Tensor:
@@ -16,15 +13,19 @@ def teacher_probabilities(logits: Tensor, center: Tensor, temperature: float) ->
     return torch.softmax((at_least_float32(logits) - center) / temperature, dim=-1)
 
 
-def count_pairs(views: int, targets: int) -> int:
-    """Pairs of a teacher's view and another view of the student; the teacher's views are the first `targets`."""
+def count_pairs(views: int, targets: int, same_view: bool = False) -> int:
+    """Pairs of a teacher's view and another view of the student, or any; the teacher's views are the first `targets`."""
+    if same_view and 0 < targets <= views:
+        return targets * views
     if views < 2 or targets > views:
         raise ValueError(f"DINO compares different views: {views} student and {targets} teacher views are too few")
     return targets * (views - 1)
 
 
-def dino_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def dino_loss(student: Tensor, teacher: Tensor, temperature: float, same_view: bool = False) -> Tensor:
     """Mean cross-entropy H(teacher view t, student view s) over the images and all pairs with s != t.
+
+    With `same_view` the pairs s = t count too: of a frozen teacher nothing can collapse, and one view is enough.
 
     student: logits [V, B, K], the teacher's T views first, in the same order; teacher: probabilities [T, B, K];
     temperature: the student's. With q_s the sum of the teacher's distributions that view s is compared with, and
@@ -33,13 +34,14 @@ def dino_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """
     views, batch, _ = student.shape
     targets = teacher.shape[0]
-    pairs = count_pairs(views, targets)
+    pairs = count_pairs(views, targets, same_view)
     z = at_least_float32(student) / temperature  # [V, B, K]
     lse = torch.logsumexp(z, dim=-1)  # [V, B]
     total = teacher.sum(0)  # [B, K]
-    own = total - teacher  # [T, B, K]: a teacher's view is not compared with itself
+    # [T, B, K]: a teacher's view is not compared with itself
+    own, others = (total.expand_as(teacher), targets) if same_view else (total - teacher, targets - 1)
     dots = (own * z[:targets]).sum() + (total * z[targets:]).sum()
-    partition = (targets - 1) * lse[:targets].sum() + targets * lse[targets:].sum()
+    partition = others * lse[:targets].sum() + targets * lse[targets:].sum()
     return (partition - dots) / (pairs * batch)
 
 

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from selfsup.losses.dino import at_least_float32, count_pairs
+from selfsup.losses.dino import count_pairs
+from selfsup.losses.numerics import at_least_float32
 
 
-def prototype_loss(x: Tensor, direction: Tensor, scale: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """dino_loss(x @ w.T, teacher, temperature) with w = scale * direction / |direction|, row by row.
+def prototype_loss(
+    x: Tensor, direction: Tensor, scale: Tensor, teacher: Tensor, temperature: float, same_view: bool = False
+) -> Tensor:
+    """dino_loss(x @ w.T, teacher, temperature, same_view) with w = scale * direction / |direction|, row by row.
 
     x: [V, B, D]; direction: [K, D], scale: [K, 1] (weight normalisation's v and g); teacher: probabilities [T, B, K].
 
@@ -24,16 +27,23 @@ def prototype_loss(x: Tensor, direction: Tensor, scale: Tensor, teacher: Tensor,
         if torch.is_autocast_enabled(kind)
         else torch.promote_types(x.dtype, direction.dtype)
     )
-    return _PrototypeLoss.apply(x, direction, scale, teacher, temperature, dtype)
+    return _PrototypeLoss.apply(x, direction, scale, teacher, temperature, same_view, dtype)
 
 
 class _PrototypeLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, v: Tensor, g: Tensor, teacher: Tensor, temperature: float, dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        v: Tensor,
+        g: Tensor,
+        teacher: Tensor,
+        temperature: float,
+        same_view: bool,
+        dtype: torch.dtype,
     ) -> Tensor:
         views, batch, _ = x.shape
-        targets, terms = teacher.shape[0], count_pairs(views, teacher.shape[0]) * batch
+        targets, terms = teacher.shape[0], count_pairs(views, teacher.shape[0], same_view) * batch
         length = torch.linalg.vector_norm(v, dim=1)  # [K]
         factor = g[:, 0] / length / temperature  # [K]
         rows = x.flatten(0, 1).to(dtype)  # [V*B, D]
@@ -46,7 +56,8 @@ class _PrototypeLoss(torch.autograd.Function):
             z = at_least_float32(products) * factor  # [B, K]
             p = torch.softmax(z, -1)
             lse = z.amax(-1) - p.amax(-1).log()  # [B]: where z is largest, p is 1 / sum exp(z - max)
-            own, n = (total - teacher[view], targets - 1) if view < targets else (total, targets)
+            itself = view < targets and not same_view
+            own, n = (total - teacher[view], targets - 1) if itself else (total, targets)
             loss += n * lse.sum() - (own * z).sum()
             gz = p.mul_(n).sub_(own)  # [B, K], times `terms`
             along += z.mul_(gz).sum(0)  # [K]: the gradient with respect to log |w|
@@ -72,7 +83,7 @@ class _PrototypeLoss(torch.autograd.Function):
                 )  # none along v itself
         if ctx.needs_input_grad[2]:
             gg = (along * unit)[:, None] / g
-        return (gx * unit).view_as(x), gv, gg, None, None, None
+        return (gx * unit).view_as(x), gv, gg, None, None, None, None
 
 
 def _chunks(v: Tensor, size: int = 8192) -> list[slice]:

@@ -69,6 +69,19 @@ def test_one_teacher_view() -> None:
     torch.testing.assert_close(dino_loss(student, q, 0.1), torch.stack(pairs).mean(), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize(("views", "targets"), [(1, 1), (2, 2), (VIEWS, 2), (VIEWS, 1)])
+def test_same_views(views: int, targets: int) -> None:
+    """A frozen teacher's distribution of the very same view counts too; one view is enough."""
+    student, teacher = (x.double() for x in draw(32, 5))
+    z = student[:views].detach().requires_grad_()
+    q = teacher_probabilities(teacher[:targets], torch.zeros(32, dtype=torch.float64), 0.05)
+    loss = dino_loss(z, q, 0.1, same_view=True)
+    pairs = [-(q[t] * torch.log_softmax(z[s] / 0.1, -1)).sum(-1).mean() for t in range(targets) for s in range(views)]
+    expected = torch.stack(pairs).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(x, z)[0] for x in (loss, expected)), rtol=1e-10, atol=1e-14)
+
+
 def test_gradcheck() -> None:
     g = torch.Generator().manual_seed(0)
     student = torch.randn(3, 2, 5, generator=g, dtype=torch.float64, requires_grad=True)
@@ -86,6 +99,8 @@ def test_half_precision_logits_are_summed_in_float32() -> None:
 def test_too_few_views() -> None:
     with pytest.raises(ValueError, match="different views"):
         dino_loss(torch.zeros(1, 2, 4), torch.full((1, 2, 4), 0.25), 0.1)
+    with pytest.raises(ValueError, match="2 teacher views are too few"):
+        dino_loss(torch.zeros(1, 2, 4), torch.full((2, 2, 4), 0.25), 0.1, same_view=True)
 
 
 def test_health_names_both_collapses() -> None:

@@ -20,15 +20,17 @@ def draw(k: int, targets: int = 2, dtype: torch.dtype = torch.float32):
     return (*(t.to(dtype).requires_grad_() for t in (x, v, g)), q.to(dtype))
 
 
-def plain(x: torch.Tensor, v: torch.Tensor, g: torch.Tensor, q: torch.Tensor, temperature: float) -> torch.Tensor:
-    return dino_loss(F.linear(x, v * (g / v.norm(dim=1, keepdim=True))), q, temperature)
+def plain(
+    x: torch.Tensor, v: torch.Tensor, g: torch.Tensor, q: torch.Tensor, temperature: float, same_view: bool = False
+) -> torch.Tensor:
+    return dino_loss(F.linear(x, v * (g / v.norm(dim=1, keepdim=True))), q, temperature, same_view)
 
 
-def both(inputs, temperature: float = 0.1):
+def both(inputs, temperature: float = 0.1, same_view: bool = False):
     """[(loss, gradients of x, v, g)] of the function and of the plain formula; upstream gradient 0.7."""
     found = []
     for loss in (prototype_loss, plain):
-        value = loss(*inputs, temperature)
+        value = loss(*inputs, temperature, same_view)
         found.append((value, torch.autograd.grad(0.7 * value, [t for t in inputs[:3] if t.requires_grad])))
     return found
 
@@ -47,6 +49,18 @@ def test_float64_is_exact() -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
     for a, b in zip(grads, references, strict=True):
         assert (a - b).abs().max() <= 1e-12 * b.abs().max()
+
+
+@pytest.mark.parametrize(("views", "targets"), [(1, 1), (2, 2), (VIEWS, 2)])
+def test_same_views(views: int, targets: int) -> None:
+    """As a student is trained on a frozen teacher's prototypes, which get no gradient; and with its own."""
+    x, v, g, q = draw(64, targets, torch.float64)
+    x = x.detach()[:views].requires_grad_()
+    for inputs in ((x, v, g, q), (x, v.detach(), g.detach(), q)):
+        (loss, grads), (expected, references) = both(inputs, same_view=True)
+        torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+        for a, b in zip(grads, references, strict=True):
+            assert (a - b).abs().max() <= 1e-12 * b.abs().max()
 
 
 def test_gradcheck() -> None:
