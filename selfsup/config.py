@@ -34,6 +34,7 @@ from selfsup.schema import (
     EvalConfig,
     InitConfig,
     MethodConfig,
+    MixConfig,
     OpenSection,
     OptimizerConfig,
     Positive,
@@ -59,6 +60,7 @@ __all__ = [
     "EvalConfig",
     "InitConfig",
     "MethodConfig",
+    "MixConfig",
     "OpenSection",
     "OptimizerConfig",
     "Positive",
@@ -277,6 +279,8 @@ def _explain(schema: type[BaseModel], fault: Any, prefix: str) -> str:
         hint = f"; did you mean {prefix}{full[0]}?" if full else suggest(".".join(loc), known, prefix)
         return f"unknown key {one_line(key)!r}{hint}"
     message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "literal_error" and isinstance(fault["input"], str):
+        message += suggest(fault["input"], re.findall(r"'([^']*)'", fault["ctx"]["expected"]))
     return f"{key}={seen}: {message}" if key else message
 
 

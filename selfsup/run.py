@@ -18,6 +18,7 @@ from selfsup.classifier import NotAsTimm, export_classifier
 from selfsup.config import Config, OpenSection, validate
 from selfsup.data.bad_files import BadFileLog
 from selfsup.data.loader import Batch, Loader
+from selfsup.data.mixing import Mixer
 from selfsup.data.sources import Source, open_source, wrap_dataset
 from selfsup.data.views import View
 from selfsup.early_stopping import EarlyStopping
@@ -112,6 +113,7 @@ class Run:
                 f"global_batch={config.global_batch} is not divisible by accumulate={config.accumulate} x {world} processes; "
                 f"use a multiple of {config.accumulate * world}"
             )
+        Mixer(config.mix, config.seed, config.global_batch).check(config.global_batch // (config.accumulate * world))
         if dataset is not None:
             source = wrap_dataset(dataset, channels=channels, config=config.data)
         else:
@@ -390,6 +392,11 @@ def _count_classes(config: Config, source: Source) -> Config:
     """`config` with `data.classes`, if the method learns from labels. Raises UserError if it cannot from these."""
     use = getattr(methods.find(config.method.name), "labels", "unused")
     if use == "unused":
+        if config.mix.name != "none":
+            raise UserError(
+                f"mix.name={config.mix.name}: method={config.method.name} does not learn from labels, and mixes nothing; "
+                "use mix=none"
+            )
         return config
     labels, path = source.labels, config.data.path
     missing = len(source) if labels is None else int((labels < 0).sum())

@@ -17,6 +17,7 @@ SHORT_FORMS = {
     "method": "name",
     "optimizer": "name",
     "backbone": "name",
+    "mix": "name",
     "init_from": "path",
     "teacher": "path",
 }
@@ -43,6 +44,7 @@ Duration = Annotated[str, AfterValidator(_check_duration)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0, le=10**15)]
 Range = tuple[float, float]
+Level = Annotated[int, Field(ge=0, le=255)]
 Shortcut = Literal["packed", "cls", "prototypes", "heap"]
 
 
@@ -111,17 +113,45 @@ class Crops(Section):
     blur_sigma: Range = (0.1, 2.0)
     """Standard deviation of the Gaussian in pixels."""
     solarize: Probability | tuple[Probability, ...] = 0.0
-    solarize_threshold: Annotated[int, Field(ge=0, le=255)] = 128
+    solarize_threshold: Level = 128
+    policy: Literal["none", "randaugment", "autoaugment", "trivialaugment"] = "none"
+    """Drawn operations on the crop before all others; for 1 or 3 channels."""
+    policy_probability: Probability = 1.0
+    """Part of the crops that get one."""
+    policy_ops: Annotated[int, Field(ge=1, le=14)] = 2
+    """Of RandAugment: operations one after another, N."""
+    policy_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    """Of RandAugment: their strength, M."""
+    policy_table: Literal["imagenet", "cifar10", "svhn"] = "imagenet"
+    """Of AutoAugment: the data set on which it was found."""
+    policy_fill: Level | tuple[Level, ...] = 128
+    """Where an operation leaves nothing: a level, or one a channel."""
+    policy_interpolation: Literal["nearest", "bilinear"] = "bilinear"
+    lighting: Annotated[float, Field(ge=0)] = 0.0
+    """PCA colour noise (Krizhevsky et al., 2012; their value is 0.1): standard deviation; for 3 channels."""
+    erase: Probability | tuple[Probability, ...] = 0.0
+    """Random erasing (Zhong et al., 2020): probability."""
+    erase_area: Range = (0.02, 0.33)
+    """Of the box, as a fraction of the crop."""
+    erase_ratio: Range = (0.3, 3.3)
+    """Height / width."""
+    erase_fill: Literal["zero", "noise", "mean"] = "zero"
+    """zero: the data's mean; noise: normal, for each pixel and channel; mean: the crop's own mean colour."""
+    cutout: Annotated[int, Field(ge=0)] = 0
+    """Cutout (DeVries and Taylor, 2017): pixels along the side of a square set to the data's mean; 0: none."""
 
     @model_validator(mode="after")
     def _check(self) -> "Crops":
-        for key in ("scale", "ratio", "blur_sigma"):
+        for key in ("scale", "ratio", "blur_sigma", "erase_area", "erase_ratio"):
             low, high = getattr(self, key)
             if not 0 < low <= high:
                 raise ValueError(f"{key} must be two numbers, 0 < low <= high; seen ({low}, {high})")
-        if self.scale[1] > 1:
-            raise ValueError(f"scale is a fraction of the image's area, at most 1; seen {self.scale}")
-        for key in ("jitter", "grayscale", "blur", "solarize"):
+        for key in ("scale", "erase_area"):
+            if getattr(self, key)[1] > 1:
+                raise ValueError(f"{key} is a fraction of the image's area, at most 1; seen {getattr(self, key)}")
+        if self.cutout > self.size:
+            raise ValueError(f"cutout={self.cutout} is larger than the crop of {self.size} pixels")
+        for key in ("jitter", "grayscale", "blur", "solarize", "erase"):
             value = getattr(self, key)
             if isinstance(value, tuple) and len(value) != self.count:
                 raise ValueError(
@@ -332,6 +362,42 @@ class InitConfig(Section):
     """Train the heads alone for this long at first."""
 
 
+class MixConfig(Section):
+    """Several images, and their labels, mixed into one; by methods that learn from labels.
+
+    Partners are drawn inside groups of neighbouring places of the global batch, and a micro-batch holds whole groups: so it
+    does not matter on how many processes, or in how many pieces, a global batch is computed.
+    """
+
+    name: Literal["none", "mixup", "cutmix", "mixup+cutmix", "ricap"] = "none"
+    mixup_alpha: Annotated[float, Field(gt=0)] = 0.8
+    """lambda is drawn from Beta(alpha, alpha); 0.2 is the paper's value for ImageNet, 0.8 that of DeiT."""
+    cutmix_alpha: Annotated[float, Field(gt=0)] = 1.0
+    ricap_alpha: Annotated[float, Field(gt=0)] = 0.3
+    """The boundary of RICAP's four pieces is drawn from it, along each axis."""
+    switch: Probability = 0.5
+    """Of mixup+cutmix: how often it is CutMix."""
+    probability: Probability = 1.0
+    """How often anything is mixed."""
+    mode: Literal["batch", "group"] = "batch"
+    """One draw of lambda, box or boundary for the whole global batch, or one for each group."""
+    group: Annotated[int, Field(ge=2, le=4096)] = 8
+    """Neighbouring images that are mixed with one another."""
+    until: Duration | None = None
+    """Nothing is mixed from here on; null: to the end."""
+
+    @property
+    def images(self) -> int:
+        """How many go into one."""
+        return {"none": 1, "ricap": 4}.get(self.name, 2)
+
+    @model_validator(mode="after")
+    def _check(self) -> "MixConfig":
+        if self.group < self.images:
+            raise ValueError(f"group={self.group}: {self.name} mixes {self.images} images; give {self.images} or more")
+        return self
+
+
 class SpikeConfig(Section):
     """What to do about a loss that jumps: go back to the last checkpoint and leave the batch out (PaLM, section 5.1)."""
 
@@ -354,6 +420,7 @@ class Config(Section):
     method: MethodConfig = MethodConfig()
     teacher: TeacherConfig = TeacherConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    mix: MixConfig = MixConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     init_from: InitConfig = InitConfig()
@@ -422,6 +489,16 @@ class Config(Section):
             value = getattr(self.data, key)
             if value is not None and len(value) != self.backbone.in_chans:
                 raise ValueError(f"data.{key} has {len(value)} values for backbone.in_chans={self.backbone.in_chans}")
+        channels = self.backbone.in_chans
+        for kind, crops in (("global", self.views.global_), ("local", self.views.local)):
+            if crops.policy != "none" and channels not in (1, 3):
+                raise ValueError(
+                    f"views.{kind}.policy={crops.policy} is for images of 1 or 3 channels; seen backbone.in_chans={channels}"
+                )
+            if crops.lighting and channels != 3:
+                raise ValueError(
+                    f"views.{kind}.lighting={crops.lighting:g} is for images of 3 channels; seen backbone.in_chans={channels}"
+                )
         return self
 
     @property

@@ -101,12 +101,17 @@ def run(finished: Path, tmp_path: Path) -> Path:
         ("views.global.count=0", "views.global.count=0"),
         ("data.mean=[0.5]", "data.mean"),
         ("init_from.head_only=1 steps", "init_from.head_only"),
+        ("mix=mixup", "mix.name=mixup: method=dino does not learn from labels"),
+        ("mix={name: mixup, group: 3}", "mix.group=3: a process computes 8 images at a time"),
+        ("mix={name: ricap, group: 3}", "ricap mixes 4 images"),
+        ("views.global.policy_fill=[1, 2]", "views.global.policy_fill holds 2 levels for 3 channels"),
     ],
 )
 def test_keys_and_values(refused: Refused, recipe: Path, tmp_path: Path, override: str, named: str) -> None:
     extra = ["views.local.count=0"] if "global.count" in override else []
     if "global.count" in override:
         extra += ["views.global.blur=0.5", "views.global.solarize=0"]
+    extra += ["views.global.policy=randaugment"] if "policy_fill" in override else []
     assert named in refused("train", recipe, override, *extra, "--out", tmp_path / "run")
     assert not (tmp_path / "run" / "config.yaml").exists()  # the folder can be used for the next try
 

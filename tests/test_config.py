@@ -29,6 +29,7 @@ SHORT = {
     "backbone=resnet18": ("backbone.name", "resnet18"),
     "init_from=runs/a": ("init_from.path", "runs/a"),
     "teacher=runs/a": ("teacher.path", "runs/a"),
+    "mix=ricap": ("mix.name", "ricap"),
 }
 
 
@@ -185,6 +186,26 @@ def test_unknown_key_of_a_method() -> None:
         ("views.global.scale=[0.5, 0.1]", "views.global"),
         ("views.global.scale=[0.5, 1.5]", "views.global"),
         ("views.global.blur=[0.1]", "blur"),
+        ("views.global.policy=randagment", "did you mean randaugment?"),
+        ("views.global.policy_magnitude=31", "views.global.policy_magnitude"),
+        ("views.global.policy_fill=256", "views.global.policy_fill"),
+        ("views.global.erase=1.5", "views.global.erase"),
+        ("views.global.erase=[0.1]", "erase holds 1 probabilities for 2 views"),
+        ("views.global.erase_area=[0.5, 0.1]", "erase_area must be two numbers, 0 < low <= high; seen (0.5, 0.1)"),
+        ("views.global.erase_area=[0.1, 1.1]", "erase_area is a fraction"),
+        ("views.global.erase_area=0.3", "views.global.erase_area"),
+        ("views.global.erase_ratio=[0, 1]", "erase_ratio must be two numbers"),
+        ("views.global.erase_fill=black", "views.global.erase_fill='black'"),
+        ("views.global.cutout=-1", "views.global.cutout"),
+        ("views.local.cutout=97", "cutout=97 is larger than the crop of 96 pixels"),
+        ("views.global.lighting=-0.1", "views.global.lighting"),
+        ("mix=ricp", "mix.name='ricp': Input should be"),
+        ("mix=ricp", "did you mean ricap?"),
+        ("mix.mixup_alpha=0", "mix.mixup_alpha=0"),
+        ("mix={name: ricap, group: 2}", "group=2: ricap mixes 4 images; give 4 or more"),
+        ("mix.group=1", "mix.group=1"),
+        ("mix.until=soon", "mix.until='soon'"),
+        ("mix.probability=2", "mix.probability"),
         ("views.global=5", "views.global"),
         ("views=5", "views"),
         ("views={1: 2}", "views"),
@@ -200,6 +221,12 @@ def test_wrong_value_names_key_and_value(override: str, key: str) -> None:
     text = refusal(override)
     assert key in text
     assert "pydantic" not in text and "For further information" not in text
+
+
+@pytest.mark.parametrize("channels", ["1", "4"])
+def test_light_is_for_three_channels(channels: str) -> None:
+    text = refusal("views.global.lighting=0.1", f"backbone.in_chans={channels}")
+    assert f"views.global.lighting=0.1 is for images of 3 channels; seen backbone.in_chans={channels}" in text
 
 
 def test_several_faults_are_counted() -> None:

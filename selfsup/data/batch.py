@@ -10,6 +10,7 @@ from torch import Tensor
 
 from selfsup.data.base import Source
 from selfsup.data.decode import BadImage
+from selfsup.data.policies import Policy
 from selfsup.data.sampler import Order, step_positions
 from selfsup.data.views import P, Prepared, View, crops_of, draw, prepare, resolutions
 from selfsup.errors import UserError
@@ -76,6 +77,7 @@ class BatchMaker:
         self.source, self.seed, self.split, self.repeat = source, seed, split, repeat
         self.groups = resolutions(views)
         self.order = Order(len(source), seed)
+        self.policies = {v.number: Policy(v, source.channels) for v in views if v.crops.policy != "none"}
         self._kept: dict[int, Prepared] = {}
 
     def __call__(self, step: int, micro: int) -> Batch:
@@ -151,6 +153,8 @@ class BatchMaker:
             for v, view in enumerate(views):
                 drawn[v] = draw(view, self.seed, epochs, ids, sizes)
                 out[v] = crops_of(images, drawn[v], view.size, view.crops.interpolation)
+                if policy := self.policies.get(view.number):
+                    policy(out[v], self.seed, epochs, ids)
 
 
 def pixel_size(image: Prepared) -> tuple[int, int]:

@@ -1,5 +1,6 @@
-"""Grey levels and hue of images in whole 8-bit levels (held as float32), as PIL computes them."""
+"""Grey levels and hue of images in whole 8-bit levels (held as float32), as PIL computes them; and the colour of light."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,3 +37,20 @@ def turn_hue(x: Tensor, turn: Tensor) -> Tensor:
     ramps[:, :1].neg_().add_(2)
     ramps[:, 1:].sub_(1)
     return torch.addcmul(value, depth, ramps.clamp_(0, 1), value=-1).round_()
+
+
+# Eigenvalues, and eigenvectors as columns, of the covariance of ImageNet's RGB values in [0, 1]: those of fb.resnet.torch,
+# which everybody uses.
+_EIGENVALUES = np.array([0.2175, 0.0188, 0.0045])
+_EIGENVECTORS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+
+
+def light(u: np.ndarray, std: float) -> np.ndarray:
+    """PCA colour noise: uniform u [B,4] in [0, 1) -> levels to add to red, green and blue [B,3].
+
+    Krizhevsky et al., 2012, section 4.1: [p1, p2, p3] [a1 l1, a2 l2, a3 l3]^T with eigenvectors p and eigenvalues l of
+    the covariance of RGB values, and a drawn from N(0, std^2). Normal numbers by Box and Muller, 1958.
+    """
+    radius, angle = np.sqrt(-2 * np.log1p(-u[:, :2])), 2 * np.pi * u[:, 2:]  # [B,2]
+    normal = np.concatenate([radius * np.cos(angle), radius[:, :1] * np.sin(angle[:, :1])], axis=1)  # [B,3]
+    return 255 * (std * normal * _EIGENVALUES) @ _EIGENVECTORS.T

@@ -1,14 +1,15 @@
-"""Colour jitter, grey, blur, solarization and normalisation of a batch of crops on the training device.
+"""Colour jitter, grey, blur, solarization, normalisation and erasing of a batch of crops on the training device.
 
 Each operation gives what PIL gives, as torchvision's transforms and DINO's code call it, whole 8-bit levels included: values
 stay integers in 0..255 (held as float32) until the normalisation. The parameters stay on the CPU; what the device has
 to know is computed there and sent along, so that nothing waits for the device.
 
-Order, as in DINO: jitter (four operations in the drawn order), grey, blur, solarization. Operations on colour
-(saturation, hue, grey) apply to three channels; the others to any number.
+Order, as in DINO: jitter (four operations in the drawn order), grey, blur, solarization; then light, a shift of each
+channel that is not cut to levels, normalisation, random erasing and Cutout. Operations on colour (saturation, hue, grey,
+light) apply to three channels; the others to any number.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from selfsup.data.blur import blurred, box_taps, matrices
 from selfsup.data.colour import luma, turn_hue
-from selfsup.data.photometric_rows import few_at_a_time
-from selfsup.data.views import COLUMN, ORDERS, P
+from selfsup.data.erasing import ZERO, erase
+from selfsup.data.photometric_rows import few_at_a_time, shifts
+from selfsup.data.rows import on_rows, send
+from selfsup.data.views import COLUMN, CUTOUT, ERASE, LIGHT, ORDERS, P
 from selfsup.errors import UserError
 
 _FEW = 48 * 48 * 3
@@ -52,37 +55,28 @@ def apply(
     scale = np.array([1 / (255 * s) for s in std], dtype=np.float32)
     shift = np.array([-m / s for m, s in zip(mean, std, strict=True)], dtype=np.float32)
     if device.type == "cpu" and channels * height * width >= _FEW:
-        return few_at_a_time(x, p, scale, shift, dtype).view(views, batch, channels, height, width)
-    x = x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    x = together(x, p)
-    affine = _send(np.stack([scale, shift]), device)[:, :, None, None]  # [2,C,1,1]
-    x = torch.addcmul(affine[1], x, affine[0])
-    return x.to(dtype).view(views, batch, channels, height, width)
+        x = few_at_a_time(x, p, scale, shift, dtype)
+    else:
+        x = x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        x = together(x, p)
+        affine = send(np.stack([scale, shift]), device)[:, :, None, None]  # [2,C,1,1]
+        if channels == 3 and p[:, LIGHT].any():
+            x = torch.addcmul(send(shifts(p, scale, shift), device)[:, :, None, None], x, affine[0])
+        else:
+            x = torch.addcmul(affine[1], x, affine[0])
+        x = x.to(dtype)
+    x = erase(x, p[:, ERASE], p[:, COLUMN["erase_fill"]])
+    x = erase(x, p[:, CUTOUT], np.full(len(p), ZERO, np.float32))
+    return x.view(views, batch, channels, height, width)
 
 
 def together(x: Tensor, p: np.ndarray) -> Tensor:
     """Each operation on all images that have it: x [N,C,S,S] of levels, which is overwritten, and p [N,P] -> levels."""
     x = _jitter(x, p)
     if x.shape[1] == 3:
-        x = _on_rows(x, np.flatnonzero(p[:, COLUMN["gray"]] > 0), lambda rows: luma(rows).repeat(1, 3, 1, 1))
+        x = on_rows(x, np.flatnonzero(p[:, COLUMN["gray"]] > 0), lambda rows: luma(rows).repeat(1, 3, 1, 1))
     x = _blur(x, p[:, COLUMN["sigma"]])
     return _solarize(x, p[:, COLUMN["solarize"]])
-
-
-def _send(array: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def _on_rows(x: Tensor, rows: np.ndarray, function: Callable[..., Tensor], *arguments: np.ndarray) -> Tensor:
-    """`function` of the selected rows of x [N,...] and of the same rows of each argument [N]; the others stay."""
-    if rows.size == 0:
-        return x
-    sent = [_send(a[rows].reshape(-1, *[1] * (x.dim() - 1)), x.device) for a in arguments]
-    if rows.size == len(x):
-        return function(x, *sent)
-    index = _send(rows, x.device)
-    return x.index_copy_(0, index, function(x.index_select(0, index), *sent))
 
 
 # ------------------------------------------------------------------------------------------------------------ jitter
@@ -103,16 +97,14 @@ def _jitter(x: Tensor, p: np.ndarray) -> Tensor:
         if blend.any():
             x = _blend(x, np.where(blend, op, 0), np.where(blend, factor, np.float32(1)))
         if channels == 3:
-            x = _on_rows(x, np.flatnonzero(live & (op == 3)), turn_hue, factor)
+            x = on_rows(x, np.flatnonzero(live & (op == 3)), turn_hue, factor)
     return x
 
 
 def _blend(x: Tensor, op: np.ndarray, factor: np.ndarray) -> Tensor:
     """PIL's ImageEnhance: factor * x + (1 - factor) * (black, the mean grey level, or grey) by op 0, 1, 2; cut to levels."""
     rest = 1 - factor
-    sent = _send(
-        np.stack([factor, rest * (op == 1), rest * (op == 2)])[:, :, None, None, None], x.device
-    )  # [3,N,1,1,1]
+    sent = send(np.stack([factor, rest * (op == 1), rest * (op == 2)])[:, :, None, None, None], x.device)  # [3,N,1,1,1]
     out = x * sent[0]
     if op.any():
         gray = luma(x) if x.shape[1] == 3 else x  # [N,1|C,S,S]
@@ -132,15 +124,13 @@ def _blur(x: Tensor, sigma: np.ndarray) -> Tensor:
     if not sigma.any():
         return x
     rows = np.flatnonzero(sigma > 0)
-    matrix = matrices(_send(box_taps(sigma[rows]), x.device), x.shape[-1])[:, None]  # [M,1,S,S]
+    matrix = matrices(send(box_taps(sigma[rows]), x.device), x.shape[-1])[:, None]  # [M,1,S,S]
     if rows.size == len(x):
         return blurred(x, matrix)
-    index = _send(rows, x.device)
+    index = send(rows, x.device)
     return x.index_copy_(0, index, blurred(x.index_select(0, index), matrix))
 
 
 def _solarize(x: Tensor, threshold: np.ndarray) -> Tensor:
     rows = np.flatnonzero(threshold >= 0)
-    return _on_rows(
-        x, rows, lambda selected, limit: torch.where(selected >= limit, 255 - selected, selected), threshold
-    )
+    return on_rows(x, rows, lambda selected, limit: torch.where(selected >= limit, 255 - selected, selected), threshold)

@@ -15,7 +15,7 @@ from torch import Tensor
 from selfsup.data.blur import blurred_in_tiles, reaches
 from selfsup.data.colour import luma, turn_hue
 from selfsup.data.threads import one_thread
-from selfsup.data.views import COLUMN, ORDERS
+from selfsup.data.views import COLUMN, LIGHT, ORDERS
 
 _VALUES = 100_000
 """Of the images that go together, if they are more than one: float32, a good part of a core's cache."""
@@ -26,12 +26,13 @@ _PLACES = np.array(ORDERS)
 
 @one_thread()
 def few_at_a_time(crops: Tensor, p: np.ndarray, scale: np.ndarray, shift: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """uint8 [N,C,S,S] and their parameters [N,P] -> levels * scale [C] + shift [C], as `dtype` [N,C,S,S].
+    """uint8 [N,C,S,S] and their parameters [N,P] -> (levels + light) * scale [C] + shift [C], as `dtype` [N,C,S,S].
 
     What becomes of an image does not depend on those it goes together with.
     """
     channels = crops.shape[1]
-    scales, shifts = (torch.from_numpy(a)[:, None, None] for a in (scale, shift))  # [C,1,1]
+    scales = torch.from_numpy(scale)[:, None, None]  # [C,1,1]
+    added = torch.from_numpy(shifts(p, scale, shift))[:, :, None, None]  # [N,C,1,1]
     out = torch.empty(crops.shape, dtype=dtype)
     for rows, turned, gray in _groups(p, channels, max(1, _VALUES // crops.shape[1:].numel())):
         few = p[rows]
@@ -49,8 +50,14 @@ def few_at_a_time(crops: Tensor, p: np.ndarray, scale: np.ndarray, shift: np.nda
             if limit >= 0:  # image + (image >= limit) * (255 - 2 * image)
                 image.add_(torch.ge(image, limit, out=torch.empty_like(image)).mul_((image * -2).add_(255)))
         for image, row in zip(x, rows, strict=True):
-            out[row].copy_((image * scales).add_(shifts))
+            out[row].copy_((image * scales).add_(added[row]))
     return out
+
+
+def shifts(p: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """float32 [N,C]: shift [C] of each row of parameters, with its light, which three channels alone have."""
+    light = p[:, LIGHT] if len(shift) == 3 else np.zeros((len(p), 1), np.float32)
+    return shift + light * scale
 
 
 def _groups(p: np.ndarray, channels: int, most: int) -> Iterator[tuple[list[int], int, bool]]:

@@ -2,9 +2,9 @@
 
 Everything drawn is a pure function of (seed, epoch, image index, view number), through the 64-bit counter generator
 SplitMix64 (Steele et al., 2014), for a whole batch at once. The distributions are torchvision's RandomResizedCrop,
-RandomHorizontalFlip, ColorJitter, RandomGrayscale, and the blur and solarization of DINO's code (Caron et al., 2021,
-`main_dino.py`, DataAugmentationDINO; `utils.py`, GaussianBlur). Geometry happens here, on uint8 in the workers;
-`photometric` does the rest on the training device.
+RandomHorizontalFlip, ColorJitter, RandomGrayscale, RandomErasing, and the blur and solarization of DINO's code (Caron et
+al., 2021, `main_dino.py`, DataAugmentationDINO; `utils.py`, GaussianBlur). Geometry happens here, on uint8 in the workers,
+and after it what `policies` do; `photometric` does the rest on the training device.
 """
 
 import itertools
@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from selfsup.config import Crops, ViewsConfig
+from selfsup.data import erasing
+from selfsup.data.colour import light
 from selfsup.data.decode import Pixels
 from selfsup.data.sampler import hash64
 from selfsup.errors import UserError
@@ -30,9 +32,12 @@ ORDERS = tuple(itertools.permutations(range(4)))
 _TAG = 0xC80B
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ATTEMPTS = 10  # as torchvision's RandomResizedCrop.get_params
+# which of the draws is for what; new ones go to the end, so that those of former versions stay as they are
 _I, _J, _HFLIP, _VFLIP, _JITTER, _FACTORS, _ORDER, _GRAY, _BLUR, _SIGMA, _SOLARIZE, _DRAWS = (
     2 * _ATTEMPTS + k for k in (0, 1, 2, 3, 4, 5, 9, 10, 11, 12, 13, 14)
 )
+_LIGHT, _CUTOUT, _ERASE = _DRAWS, _DRAWS + 4, _DRAWS + 6
+_MORE_DRAWS = _ERASE + erasing.DRAWS
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -57,6 +62,18 @@ class ViewParams(NamedTuple):
     gray: float  # 0 or 1
     sigma: float  # of the Gaussian blur in pixels of the crop; 0: none
     solarize: float  # values at or above this are inverted; -1: none
+    light_red: float = 0.0  # levels added to each channel
+    light_green: float = 0.0
+    light_blue: float = 0.0
+    erase_x: float = 0.0  # a box in pixels of the crop: left, top, width (0: none), height
+    erase_y: float = 0.0
+    erase_w: float = 0.0
+    erase_h: float = 0.0
+    erase_fill: float = 0.0  # what fills it: see `erasing`
+    cutout_x: float = 0.0  # a box that is filled with zero
+    cutout_y: float = 0.0
+    cutout_w: float = 0.0
+    cutout_h: float = 0.0
 
     def pack(self) -> np.ndarray:
         """As float32 [P]."""
@@ -73,6 +90,10 @@ P = len(ViewParams._fields)
 
 COLUMN = {name: i for i, name in enumerate(ViewParams._fields)}
 """Where in a row a parameter is."""
+
+LIGHT = slice(COLUMN["light_red"], COLUMN["light_blue"] + 1)
+ERASE = slice(COLUMN["erase_x"], COLUMN["erase_h"] + 1)
+CUTOUT = slice(COLUMN["cutout_x"], COLUMN["cutout_h"] + 1)
 
 
 @dataclass(frozen=True)
@@ -123,7 +144,10 @@ def draw(view: View, seed: int, epochs: np.ndarray, indices: np.ndarray, sizes: 
     epochs, indices: int64 [B]. sizes: [B,2] height and width of each image. Row b depends on nothing but (seed,
     epochs[b], indices[b], view, sizes[b]).
     """
-    crops, u = view.crops, uniforms(seed, epochs, indices, view.number, _DRAWS)
+    crops = view.crops
+    erase = crops.probability("erase", view.index)
+    more = bool(crops.lighting or crops.cutout or erase)
+    u = uniforms(seed, epochs, indices, view.number, _MORE_DRAWS if more else _DRAWS)
     out = np.zeros((len(u), P), dtype=np.float64)
     out[:, :4] = _boxes(u, sizes.astype(np.float64), crops)
     out[:, 4] = u[:, _HFLIP] < crops.hflip
@@ -141,6 +165,14 @@ def draw(view: View, seed: int, epochs: np.ndarray, indices: np.ndarray, sizes: 
     out[:, 12] = np.where(blur, low + u[:, _SIGMA] * (high - low), 0.0)
     solarize = u[:, _SOLARIZE] < crops.probability("solarize", view.index)
     out[:, 13] = np.where(solarize, crops.solarize_threshold, -1)
+    if crops.lighting:
+        out[:, LIGHT] = light(u[:, _LIGHT:_CUTOUT], crops.lighting)
+    if crops.cutout:
+        out[:, CUTOUT] = erasing.squares(u[:, _CUTOUT:_ERASE], crops.cutout, crops.size)
+    if erase:
+        u = u[:, _ERASE:]
+        out[:, ERASE] = erasing.boxes(u, erase, crops.size, crops.erase_area, crops.erase_ratio)
+        out[:, COLUMN["erase_fill"]] = erasing.fills(u, crops.erase_fill)
     return out.astype(np.float32)
 
 

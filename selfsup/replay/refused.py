@@ -29,8 +29,12 @@ from torch import Tensor, nn
 from selfsup import dist, durable, tensorfile
 from selfsup.config import Config, Positive, Section, validate
 from selfsup.data.batch import Batch
+from selfsup.data.erasing import KEYS, MEAN
 from selfsup.data.views import ORDERS, P, ViewParams
 from selfsup.errors import UserError
+
+_FORMER_P = 14
+"""Parameters of a view before there were light, erasing and Cutout, which is how long their rows are in older folders."""
 
 _NAME = re.compile(r"^step_\d{8,}_rank_\d{5,}$")
 
@@ -242,7 +246,7 @@ def _micro(tensors: Mapping[str, Tensor], prefix: str, config: Config) -> Batch:
     params: list[Tensor] = []
     while not crops or tensors.keys() & {f"{prefix}crops.{len(crops)}", f"{prefix}params.{len(crops)}"}:
         name = f"{prefix}crops.{len(crops)}"
-        crop, drawn = tensors[name], tensors[f"{prefix}params.{len(crops)}"]
+        crop, drawn = tensors[name], _completed(tensors[f"{prefix}params.{len(crops)}"])
         shape = tuple(crop.shape)
         fits = len(shape) == 5 and min(shape) > 0 and shape[3] == shape[4]
         if not fits or shape[1:3] != (count, config.backbone.in_chans) or crop.dtype != torch.uint8:
@@ -262,12 +266,26 @@ def _vector(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     return tensors[name]
 
 
+def _completed(params: Tensor) -> Tensor:
+    """Rows of a former version with what was not drawn then."""
+    if params.shape[-1:] != (_FORMER_P,):
+        return params
+    return torch.cat([params, params.new_zeros(*params.shape[:-1], P - _FORMER_P)], dim=-1)
+
+
 def _check_params(params: Tensor, name: str, crops: tuple[int, ...]) -> None:
-    """Rows of ViewParams within what can be drawn: an order indexes a table, a sigma sizes a filter."""
+    """Rows of ViewParams within what can be drawn: an order indexes a table, a sigma sizes a filter, a box an image."""
     if params.dtype != torch.float32 or params.shape != (*crops[:2], P):
         raise ValueError(f"{name} is {params.dtype} {list(params.shape)}; float32 {[*crops[:2], P]} is expected")
     columns = dict(zip(ViewParams._fields, params.unbind(-1), strict=True))
-    order, sigma = columns["order"], columns["sigma"]
-    sound = torch.isfinite(params).all() and order.min() >= -1 and order.max() < len(ORDERS)
-    if not (sound and (order == order.round()).all() and sigma.min() >= 0 and sigma.max() <= 4 * crops[-1]):
+    order, sigma, fill = columns["order"], columns["sigma"], columns["erase_fill"]
+    sound = bool(torch.isfinite(params).all()) and order.min() >= -1 and order.max() < len(ORDERS)
+    sound = sound and (order == order.round()).all() and sigma.min() >= 0 and sigma.max() <= 4 * crops[-1]
+    sound = sound and (fill == fill.round()).all() and fill.min() >= MEAN and fill.max() < KEYS
+    for box in ("erase", "cutout"):
+        for start, extent in (("x", "w"), ("y", "h")):
+            low, length = columns[f"{box}_{start}"], columns[f"{box}_{extent}"]
+            sound = sound and (low == low.round()).all() and (length == length.round()).all()
+            sound = sound and low.min() >= 0 and length.min() >= 0 and (low + length).max() <= crops[-1]
+    if not sound:
         raise ValueError(f"{name} holds values that no view draws")

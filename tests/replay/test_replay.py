@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from selfsup import UserError, methods, runtime, schedules
 from selfsup.config import Config
 from selfsup.data import photometric
 from selfsup.data.loader import Loader
+from selfsup.data.mixing import Mixer
 from selfsup.data.sources import Source, open_source
+from selfsup.data.views import COLUMN
 from selfsup.log import read_metrics
 from selfsup.methods.contract import ViewBatch
 from selfsup.methods.dino import DINO
@@ -83,6 +86,18 @@ class Fails(DINO):
 
     def forward(self, batch, s):  # type: ignore[no-untyped-def]
         raise IndexError("no such\nrow")
+
+
+class Mixes(DINO):
+    """DINO of mixed images, which depend on the step and the places in the batch."""
+
+    def __init__(self, config, options):  # type: ignore[no-untyped-def]
+        super().__init__(config, options)
+        self.mixer = Mixer(config.mix, config.seed, config.global_batch)
+
+    def forward(self, batch, s):  # type: ignore[no-untyped-def]
+        drawn = self.mixer.at(batch.positions, batch.step, batch.images[0].shape[-1])
+        return super().forward(replace(batch, images=[drawn.images(batch.images[0]), *batch.images[1:]]), s)
 
 
 class Made:
@@ -159,6 +174,26 @@ def test_the_same_step_is_computed(images: Path, tmp_path: Path, precision: str)
     assert [part["loss"] for part in attempt["micro"]] == expected
     assert attempt["loss"] == pytest.approx(sum(expected) / 2, rel=1e-6)
     assert expected != [made.loss(m, step=STEP + 1) for m in range(2)]
+    assert replay(folder) == report
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix", "ricap"])
+def test_mixed_images_are_mixed_again(images: Path, tmp_path: Path, name: str) -> None:
+    """And erased, and lit."""
+    views = ["views.global.erase=0.5", "views.global.erase_fill=noise", "views.global.lighting=0.1"]
+    made = Made(images, "accumulate=2", f"mix={name}", "mix.group=4", *views, kind=Mixes)
+    (attempt,) = replay(made.keep(tmp_path / "refused"))["attempts"]
+    expected = [made.loss(m) for m in range(2)]
+    assert [part["loss"] for part in attempt["micro"]] == expected
+    assert expected != [made.loss(m, step=STEP + 1) for m in range(2)]
+
+
+def test_rows_of_a_former_version(images: Path, tmp_path: Path) -> None:
+    """They ended with solarization; nothing was erased then."""
+    made = Made(images)
+    folder = made.keep(tmp_path / "refused")
+    report = replay(folder)
+    tensors("batch.safetensors", lambda t: t.update({k: v[..., :14].clone() for k, v in t.items() if "params" in k}))(folder)
     assert replay(folder) == report
 
 
@@ -654,6 +689,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "order is NaN": (batch("params.0", put(6, float("nan"))), "no view draws"),
     "blur that needs all memory": (batch("params.0", put(12, 1e9)), "no view draws"),
     "brightness is infinite": (batch("params.0", put(7, float("inf"))), "no view draws"),
+    "a box beyond the crop": (batch("params.0", put(COLUMN["erase_w"], 1000)), "no view draws"),
+    "a box before the crop": (batch("params.0", put(COLUMN["cutout_y"], -1)), "no view draws"),
+    "a fill that there is not": (batch("params.0", put(COLUMN["erase_fill"], -3)), "no view draws"),
 }
 
 
