@@ -129,7 +129,11 @@ class LinearSettings(FeatureSettings):
     """Train the chosen head again on all of train. Default: yes on cached features, no on augmented images."""
 
 
-VERBS: dict[str, type[FeatureSettings]] = {"knn": KnnSettings, "linear": LinearSettings}
+class ExitsSettings(ImageSettings):
+    """`selfsup eval exits`: `data` names the val images."""
+
+
+VERBS: dict[str, type[FeatureSettings]] = {"knn": KnnSettings, "linear": LinearSettings, "exits": ExitsSettings}
 
 
 def resolve(verb: str, overrides: Iterable[str]) -> FeatureSettings:

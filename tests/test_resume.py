@@ -34,7 +34,7 @@ class Lab:
 
     def __init__(self, zygote: Zygote, folder: Path) -> None:
         self.zygote, self.folder = zygote, folder
-        self.images = write_images(folder / "images", IMAGES)
+        self.images = write_images(folder / "images", IMAGES, classes=4)
 
     def recipe(
         self,

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,20 @@ def export_timm(backbone: Backbone, out_dir: str | Path) -> Path:
     The outputs are those of `backbone.model` bit for bit (weights in float32). The same weights give the same bytes.
     Returns the folder. Raises UserError if it cannot be written.
     """
-    out = Path(out_dir)
-    text = json.dumps(_config(backbone), indent=2, sort_keys=True) + "\n"
-    state = {k: _plain(v) for k, v in sorted(backbone.model.state_dict().items())}
+    return write_folder(Path(out_dir), folder_config(backbone), backbone.model.state_dict(), "backbone")
+
+
+def write_folder(out: Path, config: Mapping[str, Any], state: Mapping[str, Tensor], what: str) -> Path:
+    """OUT/config.json and OUT/model.safetensors, the same bytes for the same values. UserError if they cannot be written."""
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    plain = {k: _plain(v) for k, v in sorted(state.items())}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write(out / "model.safetensors", save(state, metadata={"format": "pt"}))
+        _write(out / "model.safetensors", save(plain, metadata={"format": "pt"}))
         _write(out / "config.json", text.encode())
     except OSError as error:
         raise UserError(
-            f"{out}: the backbone cannot be written: {error.strerror or error}; choose another folder"
+            f"{out}: the {what} cannot be written: {error.strerror or error}; choose another folder"
         ) from None
     return out
 
@@ -51,8 +56,8 @@ def timm_difference(backbone: Backbone, out_dir: str | Path, size: Size | None =
     """Largest absolute difference between bare timm's model of OUT and `backbone` on noise; 0.0 is expected."""
     with torch.random.fork_rng(devices=[]):
         bare = timm.create_model(f"local-dir:{out_dir}", pretrained=True).eval()
-    images = _noise(backbone, size, batch=2)
-    with torch.no_grad(), _evaluating(backbone):
+    images = noise(backbone, size, batch=2)
+    with torch.no_grad(), evaluating(backbone):
         return float((bare(images) - _on_cpu(backbone)(images).pooled).abs().max())
 
 
@@ -62,17 +67,25 @@ def export_onnx(backbone: Backbone, path: str | Path, size: Size | None = None) 
     size: pixels, default `backbone.image_size`. Returns the largest absolute difference to `backbone` that ONNX
     Runtime shows on noise. Raises UserError if the extra is not installed or the file cannot be written.
     """
+    backbone.check_size(_pair(size or backbone.image_size))
+    with evaluating(backbone):
+        module = _Outputs(_on_cpu(backbone)).eval()
+        images = noise(backbone, size, batch=2), noise(backbone, size, batch=3)
+        return onnx_of(module, images, Path(path), ("pooled", "patches"))
+
+
+def onnx_of(module: nn.Module, images: tuple[Tensor, Tensor], path: Path, outputs: tuple[str, ...]) -> float:
+    """Write `module` in eval mode as ONNX, images [batch, ...] -> `outputs`: traced on the first batch, tried on the second.
+
+    Both on the CPU, and of different lengths. Returns and raises as `export_onnx`.
+    """
     absent = [n for n in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(n) is None]
     if absent:
         raise UserError(f"--format onnx needs {', '.join(absent)}: pip install 'selfsup[onnx]'")
-    path = Path(path)
     if path.suffix != ".onnx":
         raise UserError(f"{path}: an ONNX file ends in .onnx")
-    backbone.check_size(_pair(size or backbone.image_size))
-    with _evaluating(backbone):
-        module = _Outputs(_on_cpu(backbone)).eval()
-        _to_onnx(module, _noise(backbone, size, batch=2), path)
-        return _onnx_difference(module, _noise(backbone, size, batch=3), path)
+    _to_onnx(module, images[0], path, outputs)
+    return _onnx_difference(module, images[1], path)
 
 
 class _Outputs(nn.Module):
@@ -85,7 +98,7 @@ class _Outputs(nn.Module):
         return features.pooled, features.patches
 
 
-def _to_onnx(module: nn.Module, images: Tensor, path: Path) -> None:
+def _to_onnx(module: nn.Module, images: Tensor, path: Path, outputs: tuple[str, ...]) -> None:
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +109,7 @@ def _to_onnx(module: nn.Module, images: Tensor, path: Path) -> None:
                 (images,),
                 str(path),
                 input_names=["images"],
-                output_names=["pooled", "patches"],
+                output_names=list(outputs),
                 dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
                 dynamo=True,
                 external_data=False,
@@ -113,11 +126,12 @@ def _onnx_difference(module: nn.Module, images: Tensor, path: Path) -> float:
     found = session.run(None, {"images": images.numpy()})
     with torch.no_grad():
         expected = module(images)
+    expected = (expected,) if isinstance(expected, Tensor) else expected
     return max(float((torch.from_numpy(f) - e).abs().max()) for f, e in zip(found, expected, strict=True))
 
 
-def _config(backbone: Backbone) -> dict[str, Any]:
-    """The contents of config.json, in timm's format, with one section of ours."""
+def folder_config(backbone: Backbone, classes: int = 0) -> dict[str, Any]:
+    """The contents of config.json, in timm's format, with one section of ours; classes: of the classifier, 0 for none."""
     source = backbone.model.pretrained_cfg
     flexible = backbone.options.get("dynamic_img_size") or backbone.options.get("strict_img_size") is False
     size = list(backbone.image_size)
@@ -125,7 +139,7 @@ def _config(backbone: Backbone) -> dict[str, Any]:
     args["in_chans"] = backbone.in_chans
     config = {
         "architecture": backbone.name.partition(".")[0],
-        "num_classes": 0,
+        "num_classes": classes,
         "num_features": backbone.embed_dim,
         "model_args": args,
         "pretrained_cfg": {
@@ -135,7 +149,7 @@ def _config(backbone: Backbone) -> dict[str, Any]:
             "crop_pct": 0.875,
             "mean": list(backbone.mean),
             "std": list(backbone.std),
-            "num_classes": 0,
+            "num_classes": classes,
             "pool_size": None,
             "first_conv": source.get("first_conv"),  # type: ignore[union-attr,operator]
             "classifier": source.get("classifier"),  # type: ignore[union-attr,operator]
@@ -164,7 +178,8 @@ def _write(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _noise(backbone: Backbone, size: Size | None, batch: int) -> Tensor:
+def noise(backbone: Backbone, size: Size | None, batch: int) -> Tensor:
+    """Images [batch, C, h, w] of normal noise, always the same; size: default `backbone.image_size`."""
     h, w = _pair(size or backbone.image_size)
     return torch.randn(batch, backbone.in_chans, h, w, generator=torch.Generator().manual_seed(0))
 
@@ -178,7 +193,8 @@ def _on_cpu(backbone: Backbone) -> Backbone:
 
 
 @contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Any:
+def evaluating(module: nn.Module) -> Any:
+    """A context in which `module` is in eval mode."""
     modes = {m: m.training for m in module.modules()}
     module.eval()
     try:

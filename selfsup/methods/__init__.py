@@ -10,6 +10,7 @@ from selfsup.config import Config, MethodConfig, suggest, validate
 from selfsup.errors import UserError
 
 METHODS = {
+    "byot": "selfsup.methods.byot:BYOT",
     "dino": "selfsup.methods.dino:DINO",
 }
 

@@ -21,12 +21,12 @@ pytestmark = pytest.mark.parametrize("name", sorted(methods.METHODS))
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"))
+    return write_images(tmp_path_factory.mktemp("images"), classes=4)  # with labels, for methods that learn from them
 
 
 def build(name: str, images: Path, *overrides: str):
     """(method, first batch, values of the schedules after every freeze)."""
-    config = methods.complete(tiny_config(name, f"data={images}", "precision=fp32", *overrides))
+    config = methods.complete(tiny_config(name, f"data={images}", "data.classes=4", "precision=fp32", *overrides))
     method = methods.create(config).train()
     source = open_source(config.data.path, channels=3, config=config.data)
     loader = Loader(source, method.views(), seed=0, global_batch=8, accumulate=1, rank=0, world=1, workers=0, pin=False)

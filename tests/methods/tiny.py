@@ -33,6 +33,7 @@ TINY_RUN = [
     "checkpoint.every=100",
 ]
 METHOD_OPTIONS = {
+    "byot": ["views.global.count=1"],
     "dino": [
         "method.out_dim=64",
         "method.hidden_dim=48",
