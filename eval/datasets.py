@@ -139,8 +139,8 @@ def open_pair(target: Target, settings: FeatureSettings, channels: int | None = 
         train_labels, val_labels = labels, _labels(val_source, val_spec, settings)
         names, train_labels, val_labels = align(names, train_labels, val_source.classes, val_labels)
         protocol |= {"val": val_spec, "split": "as given"}
-    train, train_labels = _at_most(train, train_labels, settings.max_train, settings.seed)
-    val, val_labels = _at_most(val, val_labels, settings.max_val, settings.seed)
+    train, train_labels = at_most(train, train_labels, settings.max_train, settings.seed)
+    val, val_labels = at_most(val, val_labels, settings.max_val, settings.seed)
     for what, some, spec in (("train", train_labels, train_spec), ("val", val_labels, val_spec or train_spec)):
         if not (some >= 0).any():
             raise UserError(f"{spec} ({what}): no labelled image is left; give class folders, or more images a class")
@@ -227,7 +227,8 @@ def _labels(source: Source, spec: str, settings: FeatureSettings) -> np.ndarray:
     return np.asarray(labels, dtype=np.int64)
 
 
-def _at_most(images: Images, labels: np.ndarray, most: int | None, seed: int) -> tuple[Images, np.ndarray]:
+def at_most(images: Images, labels: np.ndarray, most: int | None, seed: int) -> tuple[Images, np.ndarray]:
+    """A seeded, stratified choice of so many; all if `most` is None or more than there are."""
     if most is None or most >= len(images):
         return images, labels
     chosen = stratified_choice(labels, most, seed)

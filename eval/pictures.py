@@ -1,6 +1,5 @@
 """Pictures of a run: attention of each head, patch features as colours, a map of embeddings, and its curves."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from selfsup.data.sources import open_source
 from selfsup.errors import UserError
 
 from .canvas import BLUE, INK, bare, new_figure, save
+from .class_figures import class_name
 from .curves import curves
 from .datasets import Images, labelled_only, open_pair, stratified_choice
 from .features import Transform, transform_for
@@ -224,7 +224,7 @@ def embedding_map(features: np.ndarray, labels: np.ndarray | None, names: Sequen
                 color=colour,
                 alpha=0.8,
                 linewidths=0,
-                label=_class_name(names, int(label)),
+                label=class_name(names, int(label)),
             )
         if few:
             axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9, markerscale=2.2)
@@ -232,12 +232,3 @@ def embedding_map(features: np.ndarray, labels: np.ndarray | None, names: Sequen
     axes.margins(0.03)
     axes.set_title(f"t-SNE of the embeddings of {n:,} images", fontsize=11, color=INK, loc="left")
     return save(figure, path)
-
-
-def _class_name(names: Sequence[str] | None, label: int) -> str:
-    """'7_sneaker' -> 'sneaker' where all names are numbered so."""
-    if names is None or label >= len(names):
-        return str(label)
-    if all(re.match(r"\d+[_-]\D", name) for name in names):
-        return re.sub(r"^\d+[_-]", "", names[label])
-    return names[label]

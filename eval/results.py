@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .targets import Target
 
 _PACKAGES = ("selfsup", "torch", "torchvision", "timm", "faiss-cpu", "faiss-gpu", "numpy", "pillow")
-_SUFFIX = {"student": "_student", "random": "_random", "checkpoint": "_checkpoint"}
+_SUFFIX = {"student": "_student", "random": "_random", "checkpoint": "_checkpoint", "exported": "_exported"}
 
 
 def result(
@@ -171,6 +171,20 @@ def _cell(key: str, value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else "–" if value is None else str(value)
 
 
+def _by_classifier(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A result for each classifier of one, for a table with a row each; [] for a result of something else."""
+    out = []
+    count = result["protocol"].get("val_images", 0) - sum(result["protocol"].get("unreadable_left_out", {}).values())
+    for row in result.get("settings") or []:
+        if "classifier" not in row:
+            return []
+        metrics = {k: v for k, v in row.items() if k != "classifier"}
+        target = {**result["target"], "name": f"{result['target']['name']} {row['classifier']}"}
+        protocol = {"top1_interval_95": interval(metrics["top1"], count)} if count > 0 else {}
+        out.append({"task": result["task"], "target": target, "metrics": metrics, "protocol": protocol})
+    return out
+
+
 def show(result: Mapping[str, Any], out: Path | None = None, console: "Console | None" = None) -> None:
     """Print a result: its table, its settings, how it was measured, and where it is written. Nothing for {} (other ranks)."""
     from rich.console import Console
@@ -178,12 +192,13 @@ def show(result: Mapping[str, Any], out: Path | None = None, console: "Console |
     if not result:
         return
     console = console or Console()
-    console.print(table([result]))
-    extra = settings_table(result)
+    classifiers = _by_classifier(result)
+    console.print(table(classifiers or [result]))
+    extra = None if classifiers else settings_table(result)
     if extra is not None:
         console.print(extra)
     protocol, target = result["protocol"], result["target"]
-    for key in ("train", "val", "split", "selected", "trained_on", "note"):
+    for key in ("train", "val", "split", "selected", "trained_on", "fine_tuned", "note"):
         if isinstance(protocol.get(key), str):
             console.print(f"{key}: {protocol[key]}", markup=False, highlight=False, soft_wrap=True)
     left_out = {
@@ -191,6 +206,9 @@ def show(result: Mapping[str, Any], out: Path | None = None, console: "Console |
     }
     for key, counts in left_out.items():
         console.print(f"{key}: {counts}", markup=False, highlight=False, soft_wrap=True)
+    if worst := result.get("confusions"):
+        said = [f"{c['true']} for {c['predicted']} {100 * c['share']:.0f} %" for c in worst[:3]]
+        console.print(f"most confused: {', '.join(said)}", markup=False, highlight=False, soft_wrap=True)
     path = out or (
         Path(target["run"]) / "eval" / file_name(result["task"], target["kind"]) if "run" in target else None
     )

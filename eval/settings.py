@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from selfsup import config
 from selfsup.config import Positive, Probability, Range, Section
+from selfsup.errors import UserError
 
 Pooling = Literal["pooled", "cls", "patchmean", "cls+patchmean"]
 """pooled: what the backbone itself returns; cls: the class token; patchmean: mean over patches or map cells; both."""
@@ -53,30 +54,21 @@ class EvalData(Section):
     max_pixels: Positive | None = None
 
 
-class FeatureSettings(Section):
-    """Keys shared by every verb that looks at features."""
+class ImageSettings(Section):
+    """Keys shared by every verb: which images, how they are read, and by what."""
 
     data: EvalData = EvalData()
     eval: LabelledData = LabelledData()
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Without a val set: this seeded, stratified part of the data is val."""
-    max_train: Positive | None = None
-    """At most so many training images (a seeded, stratified choice)."""
     max_val: Positive | None = None
+    """At most so many val images (a seeded, stratified choice)."""
     size: Positive | None = None
     """Pixels, square. Default: the run's global crops; the backbone's input; at most 32 for pixels."""
     resize: Positive | None = None
     """Shorter side before the centre crop. Default: size * 256 / 224, or size itself below 96 pixels."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    channels: Positive | None = None
-    """Only for the target `pixels`; default: 1 if the images are grey, else 3."""
     batch_size: Positive = 256
     workers: Annotated[int, Field(ge=0)] = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the backbone's forward pass; features are stored in float32."""
-    cache: bool = True
-    """Keep features under RUN/eval/features for the next evaluation of the same weights and images."""
     seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="before")
@@ -85,7 +77,7 @@ class FeatureSettings(Section):
         return config.expand_short_forms(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
-    def _check(self) -> "FeatureSettings":
+    def _check(self) -> "ImageSettings":
         if self.data.path is not None and self.eval.train is not None:
             raise ValueError("give data or eval.train, not both: each names the training images")
         if self.data.val is not None and self.eval.val is not None:
@@ -93,6 +85,21 @@ class FeatureSettings(Section):
         if self.resize is not None and self.size is not None and self.resize < self.size:
             raise ValueError(f"resize={self.resize} is smaller than size={self.size}; the centre crop must fit inside")
         return self
+
+
+class FeatureSettings(ImageSettings):
+    """Keys shared by the verbs that look at features."""
+
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Without a val set: this seeded, stratified part of the data is val."""
+    max_train: Positive | None = None
+    """At most so many training images (a seeded, stratified choice)."""
+    channels: Positive | None = None
+    """Only for the target `pixels`; default: 1 if the images are grey, else 3."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the backbone's forward pass; features are stored in float32."""
+    cache: bool = True
+    """Keep features under RUN/eval/features for the next evaluation of the same weights and images."""
 
 
 class KnnSettings(FeatureSettings):
@@ -129,13 +136,74 @@ class LinearSettings(FeatureSettings):
     """Train the chosen head again on all of train. Default: yes on cached features, no on augmented images."""
 
 
+class ClassifySettings(ImageSettings):
+    """`selfsup eval classify`. Val images: `eval.val`, `data.val`, all of `data`, or those of the run."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the forward pass."""
+    bins: Positive = 15
+    """Of the calibration error, of equal width."""
+
+
 class ExitsSettings(ImageSettings):
-    """`selfsup eval exits`: `data` names the val images."""
+    """`selfsup eval exits`. Val images: as for `classify`."""
 
 
-VERBS: dict[str, type[FeatureSettings]] = {"knn": KnnSettings, "linear": LinearSettings, "exits": ExitsSettings}
+_FINETUNE_SHORT = {
+    "lr": "optimizer.lr",
+    "weight_decay": "optimizer.weight_decay",
+    "layer_decay": "optimizer.layer_decay",
+    "warmup": "optimizer.warmup",
+    "label_smoothing": "method.label_smoothing",
+    "drop_path": "backbone.drop_path_rate",
+}
+"""Keys of `selfsup eval finetune` that are short for one of the training."""
 
 
-def resolve(verb: str, overrides: Iterable[str]) -> FeatureSettings:
+class FinetuneSettings(ImageSettings):
+    """`selfsup eval finetune`. Every key that is not one of these is one of the training (`selfsup train`)."""
+
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Without a val set: this seeded, stratified part of the data is val."""
+    max_train: Positive | None = None
+    """At most so many training images (a seeded, stratified choice)."""
+    bins: Positive = 15
+    """Of the calibration error, of equal width."""
+    training: dict[str, Any] = Field(default_factory=dict)
+    """The recipe `finetune` with the keys of the training laid over it; the backbone and its normalisation are the target's."""
+
+
+VERBS: dict[str, type[ImageSettings]] = {
+    "knn": KnnSettings,
+    "linear": LinearSettings,
+    "classify": ClassifySettings,
+    "finetune": FinetuneSettings,
+    "exits": ExitsSettings,
+}
+
+
+def resolve(verb: str, overrides: Iterable[str]) -> ImageSettings:
     """The verb's settings from KEY=VALUE words. Raises UserError naming the key and what would be right."""
+    if verb == "finetune":
+        return _resolve_finetune(list(overrides))
     return config.validate(VERBS[verb], config.parse_overrides(overrides), where=f"eval {verb}")
+
+
+def _resolve_finetune(overrides: list[str]) -> FinetuneSettings:
+    words = []
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        words.append(f"{_FINETUNE_SHORT.get(key, key)}{equals}{value}")
+    given = config.parse_overrides(words)
+    own = {key: given.pop(key) for key in list(given) if key in FinetuneSettings.model_fields and key != "training"}
+    base = config.read_recipe("finetune")
+    if {"steps", "epochs", "samples"} & given.keys():
+        base = {key: value for key, value in base.items() if key not in ("steps", "epochs", "samples")}
+    training = config.merge(base, given)
+    for key, why in (("init_from", "it starts from the target"), ("stop_at", "it runs to its end")):
+        if key in given:
+            raise UserError(f"eval finetune: {key}={given[key]!r}: {why}; leave it out")
+    if "name" in given.get("backbone", {}):
+        raise UserError(f"eval finetune: backbone={given['backbone']['name']}: it is the target's; leave it out")
+    config.validate(config.Config, training, where="eval finetune")
+    return config.validate(FinetuneSettings, {**own, "training": training}, where="eval finetune")

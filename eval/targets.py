@@ -30,7 +30,7 @@ class Target:
 
     name: str
     kind: str
-    """'run', 'student', 'checkpoint', 'random', 'backbone' or 'pixels'."""
+    """'run', 'student', 'checkpoint', 'random', 'backbone', 'exported' (a classifier's folder) or 'pixels'."""
     backbone: Backbone | None
     checkpoint_hash: str
     """sha256 of the backbone's weights, the same for the same weights however they are stored; 'pixels' for pixels."""
@@ -54,8 +54,7 @@ class Target:
 
 def open_target(target: str, *, device: str = "auto") -> Target:
     """Open TARGET on a device. Raises UserError saying what is missing and what a target may be."""
-    place = pick_device(device)
-    dist.init(place, timeout_s=4 * 3600)  # other ranks wait while rank 0 votes or searches
+    place = open_device(device)
     if target == "pixels":
         return Target("pixels", "pixels", None, "pixels", place)
     if target.startswith("random:"):
@@ -66,6 +65,13 @@ def open_target(target: str, *, device: str = "auto") -> Target:
     found.backbone.eval().requires_grad_(False).to(place)
     found.device = place
     return found
+
+
+def open_device(device: str) -> torch.device:
+    """`pick_device`, and the other ranks are joined."""
+    place = pick_device(device)
+    dist.init(place, timeout_s=4 * 3600)  # other ranks wait while rank 0 votes or searches
+    return place
 
 
 def pick_device(device: str) -> torch.device:
@@ -142,10 +148,10 @@ def _trained(target: str) -> Target:
         return Target(target, "backbone", backbone, weights_hash(backbone.model), torch.device("cpu"))
     kind = "student" if role == "student" else "checkpoint" if is_checkpoint else "run"
     step = next((n for n, p in checkpoint.steps(folder.parent) if p.name == folder.name), None)
-    return Target(target, kind, backbone, weights_hash(backbone.model), torch.device("cpu"), _tidy(run), settings, step)
+    return Target(target, kind, backbone, weights_hash(backbone.model), torch.device("cpu"), tidy(run), settings, step)
 
 
-def _tidy(run: Path) -> Path:
+def tidy(run: Path) -> Path:
     """Relative to the working directory where that is shorter."""
     here = Path.cwd()
     return run.relative_to(here) if run.is_relative_to(here) and run != here else run

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from selfsup import cli_jobs
+from selfsup import cli_eval, cli_jobs
 from selfsup import config as configuration
+from selfsup.cli_eval import EVALUATIONS
 from selfsup.errors import EarlyStop, RankLost, UserError
 
 app = typer.Typer(
@@ -26,11 +27,6 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as in data=FOLDER optimizer.lr=1e-3 steps=50."),
 ]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Show the resolved configuration and stop.")]
-
-EVALUATIONS = {
-    "knn": "weighted k-nearest neighbours on frozen features (DINO's protocol)",
-    "linear": "linear probe on frozen features: a grid of learning rates, layers and poolings in one pass",
-}
 
 
 @app.command()
@@ -68,9 +64,11 @@ def train(
     from selfsup.train import train as trainer
 
     _hold_signals()
-    result = trainer(config, out=out, resume=resume, evaluate=_periodic(config, out))
+    classify = cli_eval.classifying(config, out)
+    result = trainer(config, out=out, resume=resume, evaluate=_periodic(config, out), classify=classify)
     from selfsup import dist
 
+    cli_eval.final_table(config, out)
     if dist.is_main():
         with contextlib.suppress(OSError):  # nobody reads it any more: the run is done all the same
             typer.echo(
@@ -132,18 +130,14 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Result file; default RUN/eval/TASK.json.")] = None,
     print_config: PrintConfig = False,
 ) -> None:
-    """Evaluate a backbone: `selfsup eval knn RUN data=FOLDER`."""
-    if task not in EVALUATIONS:
-        raise UserError(f"eval {task!r}{configuration.suggest(task, EVALUATIONS)}; known: {', '.join(EVALUATIONS)}")
-    import importlib
-
-    from selfsup.eval import settings
-
-    module: Any = importlib.import_module(f"selfsup.eval.{task}")
+    """Evaluate a backbone, or what was trained to tell classes: `selfsup eval knn RUN data=FOLDER`."""
+    cli_eval.check(task)
     if print_config:
+        from selfsup.eval import settings
+
         typer.echo(configuration.dump(settings.resolve(task, overrides or [])), nl=False)
         return
-    module.run(target, overrides or [], out)
+    cli_eval.evaluate(task, target, overrides or [], out)
 
 
 @app.command()

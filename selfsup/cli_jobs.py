@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from selfsup import cli_eval
 from selfsup.config import Config
 from selfsup.errors import UserError
 
@@ -134,18 +135,17 @@ def register(app: typer.Typer, evaluations: dict[str, str], periodic: Callable[[
 def _train(config: Config, run: Path, periodic: Callable[[Config, Path], Any]) -> None:
     from selfsup.train import train as trainer
 
-    result = trainer(config, out=run, resume=True, evaluate=periodic(config, run))
+    classify = cli_eval.classifying(config, run)
+    result = trainer(config, out=run, resume=True, evaluate=periodic(config, run), classify=classify)
     from selfsup import dist
 
+    cli_eval.final_table(config, run)
     if dist.is_main():
         typer.echo(f"done: {result.steps} steps; the backbone is in {run / 'backbone'}")
 
 
 def _evaluate(task: str, run: Path, overrides: list[str]) -> None:
-    import importlib
-
-    module: Any = importlib.import_module(f"selfsup.eval.{task}")
-    module.run(str(run), overrides, None)
+    cli_eval.evaluate(task, str(run), overrides, None)
 
 
 def _check_method(config: Config) -> Config:

@@ -22,6 +22,7 @@ from selfsup.backbones import Backbone
 from selfsup.backbones.export import folder_config, noise, onnx_of, write_folder
 from selfsup.backbones.load import rebuild
 from selfsup.backbones.stages import cut_after, map_after, map_shapes
+from selfsup.classifier import Classifier, export_classifier, has_classifier, load_classifier
 from selfsup.config import Positive, Section, suggest, validate
 from selfsup.errors import UserError
 from selfsup.wording import one_line
@@ -116,7 +117,7 @@ class ExitNetwork(nn.Module):
 
     def classifiers(self) -> dict[str, nn.Module]:
         """Every exit alone, the deepest first, and all of them as an ensemble; they share weights with this network."""
-        out: dict[str, nn.Module] = {f"exit{len(self.layers) + 1}": DeepestExit(self.backbone, self.head)}
+        out: dict[str, nn.Module] = {f"exit{len(self.layers) + 1}": Classifier(self.backbone, self.head)}
         for (name, part), layer in zip(self.exits.items(), self.layers, strict=True):
             out[name] = ExitClassifier(self.backbone, layer, part)  # type: ignore[arg-type]
         return out | {"ensemble": Ensemble(self)}
@@ -138,19 +139,6 @@ class ExitClassifier(nn.Module):
     def cut(self) -> "ExitClassifier":
         """A copy, in eval mode on the CPU, that has no layers behind the exit; its logits are the same."""
         return ExitClassifier(cut_after(_copy(self.backbone), self.layer), self.layer, _copy(self.exit)).eval()
-
-
-class DeepestExit(nn.Module):
-    """The whole backbone and its head: normalised images [B, C, H, W] -> logits [B, classes]."""
-
-    def __init__(self, backbone: Backbone, head: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = head
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits."""
-        return self.head(self.backbone(images).pooled)
 
 
 class Ensemble(nn.Module):
@@ -238,7 +226,6 @@ def _copy(module: Any) -> Any:
 
 def export_target(run: str, name: str, out: Path, format: str) -> str:
     """`selfsup export RUN@exit2 OUT`: the folder, or ONNX; what to say of it. Raises UserError for what the run has not."""
-    from selfsup.classifier import export_classifier, has_classifier, load_classifier
     from selfsup.methods.load import load_classifiers
 
     found = load_classifiers(run).classifiers

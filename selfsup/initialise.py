@@ -1,5 +1,6 @@
 """`init_from`: start a method from a run or a published checkpoint, its heads fresh or loaded."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,22 @@ def initialise(method: Any, config: Config) -> None:
 
 
 def _heads(path: Path, branch: Branch) -> dict[str, Tensor]:
-    """The projection head's tensors of a run, a checkpoint folder or file, by their names inside the head."""
+    """The head's tensors of a run, a checkpoint or an exported classifier, by their names inside the head."""
     if path.is_dir():
         folder = path if (path / "model.safetensors").is_file() else newest_checkpoint(path)
         path = folder / "model.safetensors"
     _, state = select(read_weights(path), branch)
-    return _below(state, (f"{branch}.head.", "module.head.", "head.", "dino_head."))
+    # a run without averaged weights has its student alone, as for the backbone
+    return _below(state, (*_exported(path), f"{branch}.head.", "student.head.", "module.head.", "head.", "dino_head."))
+
+
+def _exported(path: Path) -> tuple[str, ...]:
+    """What timm calls the classifier of the folder this file is in; () where no config.json tells."""
+    try:
+        name = json.loads((path.parent / "config.json").read_text())["pretrained_cfg"]["classifier"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ()
+    return (f"{name}.",) if isinstance(name, str) else ()
 
 
 def _below(state: Mapping[str, Any], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
@@ -58,6 +69,6 @@ def _load_head(head: nn.Module, found: dict[str, Tensor], target: str) -> None:
         need = next((f"{k} {tuple(v.shape)}" for k, v in own.items() if have.get(k) != tuple(v.shape)), "other names")
         raise UserError(
             f"init_from.path={target}: its head does not fit ({len(found)} tensors; needed {need}); "
-            "give its out_dim and hidden_dim, or init_from.heads=fresh"
+            "give the method the options it was trained with (and as many classes), or init_from.heads=fresh"
         )
     head.load_state_dict(found)

@@ -14,6 +14,7 @@ from selfsup.backbones.export import export_timm
 from selfsup.batchnorm import synchronise
 from selfsup.checkpoint import Retention, State
 from selfsup.checkpoint_writer import Writer
+from selfsup.classifier import NotAsTimm, export_classifier
 from selfsup.config import Config, OpenSection, validate
 from selfsup.data.bad_files import BadFileLog
 from selfsup.data.loader import Batch, Loader
@@ -338,14 +339,22 @@ class Run:
         )
 
     def export(self) -> None:
-        """RUN/backbone."""
+        """RUN/backbone, and RUN/classifier where something tells classes that timm can express."""
         error: UserError | None = None
         if dist.is_main():
             try:
                 export_timm(self.method.export(), self.out / "backbone")
+                self._export_classifier()
             except UserError as cause:
                 error = cause
         dist.raise_together(error, "exporting the backbone")
+
+    def _export_classifier(self) -> None:
+        for name, main in list(self.method.classifiers().items())[:1]:
+            try:
+                export_classifier(main, self.out / "classifier", self.source.classes)
+            except NotAsTimm as reason:
+                self.progress.note(f"no {self.out / 'classifier'}: {name!r} is no timm model: {reason}")
 
 
 def _count_classes(config: Config, source: Source) -> Config:
@@ -365,7 +374,9 @@ def _count_classes(config: Config, source: Source) -> Config:
     if classes is None:
         classes = found or None
     elif found > classes:
-        raise UserError(f"data.classes={classes}: {path} has labels up to {found - 1}; use data.classes={found} or more")
+        raise UserError(
+            f"data.classes={classes}: {path} has labels up to {found - 1}; use data.classes={found} or more"
+        )
     return config.model_copy(update={"data": config.data.model_copy(update={"classes": classes})})
 
 

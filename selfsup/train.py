@@ -247,9 +247,7 @@ def _loop(
     return "stopped" if stopped else "done"
 
 
-def _look(
-    run: Run, recorder: Recorder, watch: Watchdog, evaluations: Evaluations, last: bool
-) -> Outcome | None:
+def _look(run: Run, recorder: Recorder, watch: Watchdog, evaluations: Evaluations, last: bool) -> Outcome | None:
     """What happens at some steps only, when the host looks at the device: log, verdicts, evaluation, checkpoint."""
     config, step = run.config, run.step
     evaluates = bool(evaluations) and config.eval.every is not None

@@ -20,14 +20,14 @@ LEVELS = [
     | {"optim", "durable", "tensorfile", "spikes", "guard"},
     {"checkpoint", "checkpoint_writer", "log", "health", "runtime", "placement", "runfolder", "status", "signals"}
     | {"recorder", "profile"},
-    {"backbones", "data"},
+    {"backbones", "data", "classifier"},
     {"methods", "recipes", "initialise", "replay", "exits"},
     {"run", "train"},
     {"eval", "launch"},
-    {"cli", "cli_jobs", "demo"},
+    {"cli", "cli_eval", "cli_jobs", "demo"},
 ]
 LEVEL = {part: n for n, parts in enumerate(LEVELS) for part in parts}
-LAZY_TOP = {"", "cli", "cli_jobs", "demo"}  # may reach eval, launch and the trainer, inside functions only
+LAZY_TOP = {"", "cli", "cli_eval", "cli_jobs", "demo"}  # may reach eval, launch and the trainer, inside functions only
 NO_TORCH = {
     "",
     "errors",
@@ -35,6 +35,7 @@ NO_TORCH = {
     "schema",
     "config",
     "cli",
+    "cli_eval",
     "cli_jobs",
     "recipes",
     "guard",

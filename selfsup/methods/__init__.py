@@ -12,6 +12,7 @@ from selfsup.errors import UserError
 METHODS = {
     "byot": "selfsup.methods.byot:BYOT",
     "dino": "selfsup.methods.dino:DINO",
+    "supervised": "selfsup.methods.supervised:Supervised",
 }
 
 

@@ -22,7 +22,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exits")
     train, val = (write_images(folder / name, 40, seed=seed, classes=4) for seed, name in enumerate(("train", "val")))
     common = [option for option in TINY_RUN if not option.startswith("backbone")]
-    options = [*common, *CONV, "views.global.count=1", "method=byot", f"data={train}", f"data.val={val}", "steps=3"]
+    options = [*common, *CONV, "method=byot", f"data={train}", f"data.val={val}", "steps=3"]
     selfsup.train(load(None, options), out=folder / "run", quiet=True)
     return folder / "run"
 
@@ -71,6 +71,7 @@ def test_cost_counts_what_an_exit_computes() -> None:
 def test_runs_without_exits_are_refused(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", 16, classes=2)
     options = [f"data={images}", f"data.val={images}", "steps=1"]
-    selfsup.train(tiny_config("supervised", *options, "method.ema=null", "method.consistency=0"), out=tmp_path / "run", quiet=True)
+    config = tiny_config("supervised", *options, "method.ema=null", "method.consistency=0")
+    selfsup.train(config, out=tmp_path / "run", quiet=True)
     with pytest.raises(UserError, match="no exits"):
         exits.run(str(tmp_path / "run"), ["workers=0"], open_run=load_classifiers)

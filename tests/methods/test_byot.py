@@ -33,8 +33,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_for(images: Path, *more: str, backbone: list[str] = TINY_VIT) -> Config:
     common = [option for option in TINY_RUN if not option.startswith("backbone")]
-    views = ["views.global.count=1", f"data={images}", f"data.classes={CLASSES}", "method=byot"]
-    return load(None, [*common, *backbone, *views, *more])
+    views = ["views.global.count=1", "views.global.blur=0.2", "views.global.solarize=0.1"]
+    return load(None, [*common, *backbone, *views, f"data={images}", f"data.classes={CLASSES}", "method=byot", *more])
 
 
 def oracle(config: Config) -> tuple[list[float], dict[str, torch.Tensor]]:

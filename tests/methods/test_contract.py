@@ -19,14 +19,23 @@ from tests.methods.tiny import METHOD_OPTIONS, cli, tiny_config, write_images
 pytestmark = pytest.mark.parametrize("name", sorted(methods.METHODS))
 
 
+CLASSES = 4
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"), classes=4)  # with labels, for methods that learn from them
+    return write_images(tmp_path_factory.mktemp("images"), classes=CLASSES)
+
+
+@pytest.fixture(scope="module")
+def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("unlabelled"))
 
 
 def build(name: str, images: Path, *overrides: str):
     """(method, first batch, values of the schedules after every freeze)."""
-    config = methods.complete(tiny_config(name, f"data={images}", "data.classes=4", "precision=fp32", *overrides))
+    config = tiny_config(name, f"data={images}", f"data.classes={CLASSES}", "precision=fp32", *overrides)
+    config = methods.complete(config)
     method = methods.create(config).train()
     source = open_source(config.data.path, channels=3, config=config.data)
     loader = Loader(source, method.views(), seed=0, global_batch=8, accumulate=1, rank=0, world=1, workers=0, pin=False)
@@ -58,6 +67,23 @@ def test_gradients_reach_every_parameter(name: str, images: Path) -> None:
             assert p.grad.abs().max() > 0, f"{key} has a gradient of zero"
         else:
             assert p.grad is None, f"{key} is frozen and has a gradient"
+
+
+def test_labels(name: str, images: Path, unlabelled: Path, tmp_path: Path) -> None:
+    """Without labels a method trains as with them, or it is refused; what tells classes tells as many as there are."""
+    use = methods.find(methods.METHODS[name]).labels
+    if use == "needed":
+        with pytest.raises(selfsup.UserError, match="have no label"):
+            selfsup.train(tiny_config(name, f"data={unlabelled}", "steps=1"), out=tmp_path / "run", quiet=True)
+    else:
+        method, views, s = build(name, unlabelled)
+        assert (views.labels == -1).all()
+        assert torch.isfinite(method(views, s)["loss"])
+    method, views, _ = build(name, images)
+    assert (views.labels >= 0).all()
+    for classifier in method.eval().classifiers().values():
+        with torch.no_grad():
+            assert classifier(views.images[0][0]).shape == (8, CLASSES)
 
 
 def test_nothing_is_aliased(name: str, images: Path) -> None:

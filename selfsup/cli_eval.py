@@ -1,0 +1,86 @@
+"""What `selfsup eval` knows: its tasks, and what they get from the trainer and the methods, which they may not import."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from selfsup.config import Config
+from selfsup.errors import UserError
+
+EVALUATIONS = {
+    "knn": "weighted k-nearest neighbours on frozen features (DINO's protocol)",
+    "linear": "linear probe on frozen features: a grid of learning rates, layers and poolings in one pass",
+    "classify": "what was trained to tell classes: top-1, top-5, calibration, confusions; nothing is trained",
+    "exits": "each exit of a run of method=byot alone: top-1, operations, parameters",
+    "finetune": "the whole backbone trained with labels, then the same figures",
+}
+
+
+def evaluate(task: str, target: str, overrides: list[str], out: Path | None) -> None:
+    """Run a task of EVALUATIONS: its result printed and written."""
+    module: Any = importlib.import_module(f"selfsup.eval.{task}")
+    module.run(target, overrides, out, **_handed_in(task))
+
+
+def _handed_in(task: str) -> dict[str, Any]:
+    if task not in ("classify", "exits", "finetune"):
+        return {}
+    from selfsup.methods.load import load_classifiers
+
+    given: dict[str, Any] = {"open_run": load_classifiers}
+    if task == "finetune":
+        from selfsup.train import train
+
+        given["train"] = lambda config, folder, images: train(config, out=folder, resume=True, dataset=images)
+    return given
+
+
+def classifying(config: Config, run: Path) -> Callable[[dict[str, Any], int], dict[str, float]] | None:
+    """What tells classes, evaluated during training, if `eval.every` asks for it and the method learns from labels."""
+    if not config.eval.every or config.eval.as_jobs or not _learns_classes(config):
+        return None
+    from selfsup.eval.periodic_classes import classify_callable
+
+    found = classify_callable(config, run)
+    if found is None and os.environ.get("RANK", "0") == "0":
+        print("no top-1 during training: no val images; give data.val=FOLDER or eval.val=FOLDER", file=sys.stderr)
+    return found
+
+
+def final_table(config: Config, run: Path) -> None:
+    """After training: the classifiers on the val images, if there are both, as `selfsup eval classify RUN` shows them.
+
+    What goes wrong is a line on stderr: the training is done all the same.
+    """
+    if not _learns_classes(config):
+        return
+    from selfsup.eval.class_names import val_of
+    from selfsup.eval.classify import run as classify
+    from selfsup.methods.load import load_classifiers
+
+    if val_of(config) is None:
+        return
+    try:
+        trained = load_classifiers(run)
+        if trained.classifiers:
+            words = [f"workers={config.workers}", f"device={config.device}"]
+            classify(str(run), words, None, open_run=lambda target: trained)
+    except UserError as error:
+        print(f"no evaluation of the classifiers: {error}", file=sys.stderr)
+
+
+def _learns_classes(config: Config) -> bool:
+    from selfsup import methods
+
+    return getattr(methods.find(config.method.name), "labels", "unused") != "unused"
+
+
+def check(task: str) -> None:
+    """Raise UserError for a task that is none."""
+    from selfsup.config import suggest
+
+    if task not in EVALUATIONS:
+        raise UserError(f"eval {task!r}{suggest(task, EVALUATIONS)}; known: {', '.join(EVALUATIONS)}")
