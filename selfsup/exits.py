@@ -48,9 +48,10 @@ class ExitShape(Section):
 class Exit(nn.Module):
     """Bottleneck and linear classifier (Zhang et al., 2019, figure 2).
 
-    The bottleneck is 1x1 to `width` channels, 3x3 of stride 2 as often as the map is twice as large as the deepest one, and
-    1x1 to `dim` channels, which is done after the mean over the map: the same, and cheaper. On tokens, whose map is as
-    large as the deepest, this is an MLP with the mean over the tokens inside.
+    The bottleneck is 1x1 to `width` channels; 3x3 of stride 2, as often as the map is twice as large as the deepest one; and
+    1x1 to `dim` channels, which is done after the mean over the map: the same, and cheaper. The paper does not say what its
+    convolutions are. Here the 3x3 ones are depthwise, with 1x1 behind them: dense ones cost more than the stages that an
+    exit of a small net spares. On tokens, whose map is as large as the deepest, this is an MLP with a mean inside.
     """
 
     def __init__(self, shape: ExitShape) -> None:
@@ -60,7 +61,8 @@ class Exit(nn.Module):
         parts: list[nn.Module] = [nn.Conv2d(shape.in_dim, shape.width, 1, bias=False), norm(shape.width), nn.ReLU()]
         for _ in range(shape.strides):
             parts += [
-                nn.Conv2d(shape.width, shape.width, 3, stride=2, padding=1, bias=False),
+                nn.Conv2d(shape.width, shape.width, 3, stride=2, padding=1, groups=shape.width, bias=False),
+                nn.Conv2d(shape.width, shape.width, 1, bias=False),
                 norm(shape.width),
                 nn.ReLU(),
             ]

@@ -23,9 +23,12 @@ def exit_(x, w, kind):
     x = normalise(x, w, "reduce.1", kind).clamp(min=0)
     i = 3
     while f"reduce.{i}.weight" in w:
-        x = torch.nn.functional.conv2d(x, w[f"reduce.{i}.weight"], stride=2, padding=1)
-        x = normalise(x, w, f"reduce.{i + 1}", kind).clamp(min=0)
-        i += 3
+        x = torch.nn.functional.pad(x, (1, 1, 1, 1))
+        x = x.unfold(2, 3, 2).unfold(3, 3, 2)  # [B, C, h, w, 3, 3]
+        x = torch.einsum("bchwij,cij->bchw", x, w[f"reduce.{i}.weight"][:, 0])
+        x = torch.einsum("bchw,dc->bdhw", x, w[f"reduce.{i + 1}.weight"][:, :, 0, 0])
+        x = normalise(x, w, f"reduce.{i + 2}", kind).clamp(min=0)
+        i += 4
     x = torch.einsum("bchw,dc->bdhw", x, w["expand.weight"]) + w["expand.bias"][:, None, None]
     feature = x.mean((2, 3))  # after the convolution, as in the paper
     return feature, feature @ w["classifier.weight"].T + w["classifier.bias"]
