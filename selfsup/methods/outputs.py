@@ -1,13 +1,12 @@
 """What a network gives to the losses of distillation, student and teacher alike, in one forward pass."""
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
 
-from selfsup.backbones import Backbone, Features
+from selfsup.backbones import Backbone, Features, stages
 from selfsup.errors import UserError
 
 Layer = int | str
@@ -74,27 +73,17 @@ class Outputs:
         return cls(**{name: value for name, value in tensors.items() if not name.startswith("map")}, maps=maps)
 
 
-def layer_names(backbone: Backbone) -> list[str]:
-    """timm's names of the layers that `feature_maps` gives, in order."""
-    info: Any = getattr(backbone.model, "feature_info", None) or []
-    return [str(entry["module"]) for entry in info]
-
-
 def resolve_layers(backbone: Backbone, layers: Sequence[Layer], key: str) -> list[int]:
     """Their numbers from 0. Raises UserError that names `key` and lists the layers there are."""
-    known = layer_names(backbone)
-    if not known or not hasattr(backbone.model, "forward_intermediates"):
+    names = stages.layer_names(backbone)
+    if not names or not hasattr(backbone.model, "forward_intermediates"):
         raise UserError(f"{key}={_show(layers)}: {backbone.name} does not give intermediate layers; leave it out")
-    out = []
-    for layer in layers:
-        if isinstance(layer, str) and layer in known:
-            out.append(known.index(layer))
-        elif isinstance(layer, int) and -len(known) <= layer < len(known):
-            out.append(layer % len(known))
-        else:
-            names = ", ".join(f"{i} {name}" for i, name in enumerate(known))
-            raise UserError(f"{key}={_show(layers)}: {backbone.name} has no layer {layer!r}; it has {names}")
-    return out
+    numbers = [names.index(x) if isinstance(x, str) and x in names else x for x in layers]
+    for layer in numbers:
+        if isinstance(layer, str):
+            known = ", ".join(f"{i} ({name})" for i, name in enumerate(names))
+            raise UserError(f"{key}={_show(layers)}: {backbone.name} has no layer {layer!r}; it has {known}")
+    return stages.resolve_layers(backbone, [int(x) for x in numbers], key)
 
 
 def features_and_maps(
@@ -104,21 +93,15 @@ def features_and_maps(
 
     images: [N, C, H, W]. classifier: the timm model has kept its own; `Features.pooled` is what that one takes.
     """
+    if not classifier:
+        return (*backbone.forward_stages(images, layers), None)
     model: Any = backbone.model
-    maps: dict[int, Tensor] = {}
     if layers:
-        order = sorted(set(layers))
-        wishes = {"indices": order, "norm": False, "output_fmt": "NCHW", "intermediates_only": False}
-        known = inspect.signature(model.forward_intermediates).parameters
-        final, found = backbone._run("forward_intermediates", images, **{k: v for k, v in wishes.items() if k in known})
-        maps = dict(zip(order, found, strict=True))
-    elif not classifier:
-        return backbone(images), [], None  # as a module: it may be compiled
+        final, maps = stages._intermediates(backbone, images, layers, whole=True)
     else:
-        final = backbone._run("forward_features", images)
-    pooled = model.forward_head(final, pre_logits=True) if classifier else model.forward_head(final)
-    logits = model.forward_head(final) if classifier else None
-    return backbone._split(final, pooled, images), [maps[i] for i in layers], logits
+        final, maps = backbone._run("forward_features", images), []
+    features = backbone._split(final, model.forward_head(final, pre_logits=True), images)
+    return features, maps, model.forward_head(final)
 
 
 def _show(layers: Sequence[Layer]) -> str:

@@ -267,14 +267,18 @@ def test_average_is_exported() -> None:
         (
             "{hint: 1}",
             ["method.layers=nosuch"],
-            "method.layers=nosuch: vit_tiny_patch16_224 has no layer 'nosuch'; it has 0 blocks.0, 1",
+            "method.layers=nosuch: vit_tiny_patch16_224 has no layer 'nosuch'; it has 0 (blocks.0), 1",
         ),
         ("{soft: 1}", ["method.layers=nosuch"], "method.layers=nosuch"),
-        ("{hint: 1}", ["method.layers=[0, 7]", "method.teacher_layers=[0, 1]"], "has no layer 7"),
+        (
+            "{hint: 1}",
+            ["method.layers=[0, 7]", "method.teacher_layers=[0, 1]"],
+            "layers of vit_tiny_patch16_224 are 0 (blocks.0), 1 (blocks.1)",
+        ),
         (
             "{hint: 1}",
             ["method.teacher_layers=layer9"],
-            "method.teacher_layers=layer9: resnet10t has no layer 'layer9'; it has 0 act1",
+            "method.teacher_layers=layer9: resnet10t has no layer 'layer9'; it has 0 (act1)",
         ),
         ("{hint: 1}", ["method.layers=[0, 1]"], "2 layers for 1 of method.teacher_layers"),
         (

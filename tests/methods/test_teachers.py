@@ -142,7 +142,8 @@ def test_layers_by_number_and_name() -> None:
     net = FrozenNet(tiny_teacher())
     assert net.numbers((0, -1, "layer2"), "method.teacher_layers") == (0, 4, 2)
     with pytest.raises(
-        UserError, match=r"method.teacher_layers=nosuch: resnet10t has no layer 'nosuch'; it has 0 act1, 1 layer1"
+        UserError,
+        match=r"method.teacher_layers=nosuch: resnet10t has no layer 'nosuch'; it has 0 \(act1\), 1 \(layer1\)",
     ):
         net.numbers(("nosuch",), "method.teacher_layers")
     teacher = open_teacher(config_of("teacher=tests.methods.tiny:tiny_teacher"))

@@ -39,6 +39,7 @@ SECOND_STUDENT = (
     "embed_dim: 24, depth: 1, num_heads: 2, drop_path_rate: 0.1}}]"
 )
 METHOD_OPTIONS = {
+    "byot": ["method.feature_weight=0.01"],
     "deit": [
         *ONE_VIEW,
         "teacher=tests.methods.tiny:tiny_teacher",
