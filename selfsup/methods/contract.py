@@ -69,7 +69,8 @@ class Method(Protocol):
     # A method may have, besides (the trainer asks whether it does):
     #   takes_teacher = True     `teacher=...` is for it, and a module given to `selfsup.train(teacher=...)` is its third argument
     #   bind(source, views)      called once before the first step, on every rank, with the data and the views in use
-    #   further() -> dict        more backbones by name, for RUN/backbones/NAME and the evaluations of backbones
+    #   classifiers_from(config, state)     class method: `classifiers` of a checkpoint, in eval mode, without the teacher
+    #   further()                more backbones by name, for RUN/backbones/NAME and the evaluations of backbones
 
     def schedules(self, plan: Plan) -> dict[str, Schedule]:
         """Schedules besides 'lr' and 'wd', by name; their values are in `s` and in the log."""

@@ -190,5 +190,19 @@ class DeiT(nn.Module):
 
     def classifiers(self) -> dict[str, nn.Module]:
         """'average' of both heads, 'cls' and 'dist' alone; of the averaged weights, if there are any."""
-        net = self.teacher or self.student
-        return {"average": net, "cls": OneHead(net, 0), "dist": OneHead(net, 1)}
+        return _named(self.teacher or self.student)
+
+    @classmethod
+    def classifiers_from(cls, config: Config, state: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+        """`classifiers` of a checkpoint, in eval mode; the teacher need not be there any more."""
+        prefix = "teacher." if any(key.startswith("teacher.") for key in state) else "student."
+        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        spec = config.backbone.model_copy(update={"pretrained": False})
+        backbone = create_backbone(spec, mean=config.mean, std=config.std, input_size=config.views.global_.size)
+        net = DistilledNet(backbone, own["head.weight"].shape[0]).eval()
+        net.load_state_dict(own)
+        return {name: module.eval() for name, module in _named(net).items()}
+
+
+def _named(net: DistilledNet) -> dict[str, nn.Module]:
+    return {"average": net, "cls": OneHead(net, 0), "dist": OneHead(net, 1)}

@@ -31,7 +31,7 @@ from selfsup.methods import distill_terms
 from selfsup.methods.contract import Labels, ViewBatch
 from selfsup.methods.distill_checks import check_labels, check_options, count_classes
 from selfsup.methods.distill_terms import TermOptions, Terms
-from selfsup.methods.outputs import Layer, Outputs, features_and_maps, resolve_layers
+from selfsup.methods.outputs import Layer, Outputs, features_and_maps, probe, resolve_layers
 from selfsup.methods.teacher_cache import TeacherCache, ask, open_cache
 from selfsup.methods.teacher_sources import open_teacher
 from selfsup.methods.teachers import check_ranks, keep_sha256
@@ -174,7 +174,7 @@ class Distill(nn.Module):
                 f"{key}: {len(numbers)} layers for {len(self.wanted.layers)} of method.teacher_layers; each needs its counterpart"
             )
         student = Student(backbone, self.classes if distill_terms.has_head(options.losses) else None)
-        terms = Terms(options, _probe(student, numbers, size), example, self.frozen.temperature)
+        terms = Terms(options, probe(backbone, numbers, size), example, self.frozen.temperature)
         average = copy.deepcopy(student) if options.ema is not None else None
         # the first student draws what it would draw alone
         random = key_stochastic_layers(student, mix(config.seed, len(self.learners)) if suffix else config.seed)
@@ -295,15 +295,40 @@ class Distill(nn.Module):
 
     def classifiers(self) -> dict[str, nn.Module]:
         """The first student's ('ema', if there are averages, and 'head'), then the others by name."""
-        out: dict[str, nn.Module] = {}
-        for x, student, _, average in self._parts():
-            if student.head is None:
-                return {}
-            if x.name:
-                out[x.name] = average or student
-            else:
-                out |= {"head": student} if average is None else {"ema": average, "head": student}
-        return out
+        return _named([(x.name, student, average) for x, student, _, average in self._parts()])
+
+    @classmethod
+    def classifiers_from(cls, config: Config, state: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+        """`classifiers` of a checkpoint, in eval mode; the teacher need not be there any more."""
+        options = DistillOptions.model_validate(config.method.options)
+        channels, size = config.backbone.in_chans, config.views.global_.size
+        specs = [("", "", config.backbone)]
+        specs += [(more.name, f"_{i + 2}", more.backbone) for i, more in enumerate(options.students)]
+        found: list[tuple[str, Student, Student | None]] = []
+        for name, suffix, spec in specs:
+            head = state.get(f"student{suffix}.head.weight")
+            spec = spec.model_copy(update={"in_chans": channels, "pretrained": False})
+            nets: list[Student] = []
+            for role in ("student", "teacher")[: 1 if options.ema is None else 2]:
+                backbone = create_backbone(spec, mean=config.mean, std=config.std, input_size=size)
+                nets.append(Student(backbone, None if head is None else head.shape[0]).eval())
+                prefix = f"{role}{suffix}."
+                nets[-1].load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+            found.append((name, nets[0], nets[1] if len(nets) > 1 else None))
+        return _named(found)
+
+
+def _named(students: Sequence[tuple[str, Student, Student | None]]) -> dict[str, nn.Module]:
+    """Names of (name, student, average) as classifiers; {} for those without heads."""
+    out: dict[str, nn.Module] = {}
+    for name, student, average in students:
+        if student.head is None:
+            return {}
+        if name:
+            out[name] = average or student
+        else:
+            out |= {"head": student} if average is None else {"ema": average, "head": student}
+    return out
 
 
 def _layered(options: TermOptions) -> bool:
@@ -317,15 +342,3 @@ def _drawing(random: StochasticKeys | None, step: int, keys: Tensor) -> contextl
 def _nothing(labels: Tensor) -> Tensor:
     """Of labels that no loss asks about."""
     return torch.zeros(labels.shape[0], 1, device=labels.device)
-
-
-@torch.no_grad()
-def _probe(student: Student, layers: Sequence[int], size: int) -> Outputs:
-    """What it gives for one blank image, in eval mode."""
-    modes = {m: m.training for m in student.modules()}
-    student.eval()
-    images = torch.zeros(1, student.backbone.in_chans, size, size)
-    features, maps, _ = features_and_maps(student.backbone, images, layers)
-    for m, mode in modes.items():
-        m.training = mode
-    return Outputs(pooled=features.pooled, cls=features.cls, patches=features.patches, maps=maps)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from selfsup.backbones import Backbone, Features, stages
@@ -102,6 +103,17 @@ def features_and_maps(
         final, maps = backbone._run("forward_features", images), []
     features = backbone._split(final, model.forward_head(final, pre_logits=True), images)
     return features, maps, model.forward_head(final)
+
+
+@torch.no_grad()
+def probe(backbone: Backbone, layers: Sequence[int], size: int) -> Outputs:
+    """What it gives for one blank image of so many pixels, in eval mode, for the shapes; its mode stays as it is."""
+    modes = {m: m.training for m in backbone.modules()}
+    backbone.eval()
+    features, maps, _ = features_and_maps(backbone, torch.zeros(1, backbone.in_chans, size, size), layers)
+    for m, mode in modes.items():
+        m.training = mode
+    return Outputs(pooled=features.pooled, cls=features.cls, patches=features.patches, maps=maps)
 
 
 def _show(layers: Sequence[Layer]) -> str:

@@ -6,9 +6,13 @@ import pytest
 import timm
 import torch
 
+import selfsup
 from selfsup import UserError, methods
 from selfsup.config import load
-from tests.methods.tiny import ONE_VIEW, TINY_RUN, tiny_config
+from selfsup.methods.load import load_classifiers
+from selfsup.methods.outputs import Wanted
+from selfsup.methods.teacher_sources import open_teacher
+from tests.methods.tiny import ONE_VIEW, TINY_RUN, tiny_config, write_images
 
 
 def made(*overrides: str):
@@ -62,3 +66,20 @@ def test_no_teacher() -> None:
     )
     with pytest.raises(UserError, match="method=deit learns from a teacher and there is none"):
         methods.create(methods.complete(config))
+
+
+def test_exported_as_timms(tmp_path: Path) -> None:
+    """RUN/classifier: bare timm's distilled model, head and head_dist, gives our average bit for bit; and it can teach."""
+    images = write_images(tmp_path / "images", classes=4)
+    run = tmp_path / "run"
+    selfsup.train(tiny_config("deit", f"data={images}", "precision=fp32", "steps=2"), out=run, quiet=True)
+    bare = timm.create_model(f"local-dir:{run / 'classifier'}", pretrained=True).eval()
+    assert bare.head_dist.weight.shape == (4, 32)
+    trained = load_classifiers(run)
+    x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(trained.classifiers["average"](x), bare(x))
+    config = load(None, [*TINY_RUN, *ONE_VIEW, "method=distill", f"teacher={run}"])
+    taught = open_teacher(config)(x, Wanted(logits=True)).logits
+    with torch.no_grad():
+        assert torch.equal(taught, bare(x))

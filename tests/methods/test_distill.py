@@ -1,5 +1,6 @@
 """Distillation: every loss gets what it should from both networks, several students share one teacher, and what is refused."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from selfsup.log import read_metrics
 from selfsup.losses import contrastive, hints, logits, relations
 from selfsup.methods.contract import ViewBatch
 from selfsup.methods.distill import Distill
+from selfsup.methods.load import load_classifiers
 from tests.methods.tiny import ONE_VIEW, SECOND_STUDENT, TINY_RUN, tiny_config, tiny_teacher, write_images
 
 TEACHER = "teacher=tests.methods.tiny:tiny_teacher"
@@ -239,6 +241,27 @@ def test_several_students_ask_once(images: Path, tmp_path: Path) -> None:
     with safe_open(tmp_path / "both" / "checkpoints" / "step_00000004" / "model.safetensors", "pt") as file:
         roles = {key.partition(".")[0] for key in file.keys()}  # noqa: SIM118
     assert roles == {"student", "student_2", "teacher_sha256"}
+
+
+def test_evaluated_without_the_teacher(images: Path, tmp_path: Path) -> None:
+    """A run's classifiers come from its checkpoint alone, whatever became of the teacher; they are those of the method."""
+    config = tiny_config("distill", f"data={images}", "precision=fp32", "steps=2")
+    found: dict[str, torch.Tensor] = {}
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def classify(classifiers: dict[str, nn.Module], step: int) -> dict[str, float]:
+        with torch.no_grad():
+            found.update({name: copy.deepcopy(module).eval()(x) for name, module in classifiers.items()})
+        return {}
+
+    config = config.model_copy(
+        update={"teacher": selfsup.config.TeacherConfig(), "eval": config.eval.model_copy(update={"every": 2})}
+    )
+    selfsup.train(config, out=tmp_path / "run", teacher=tiny_teacher(), classify=classify, quiet=True)
+    trained = load_classifiers(tmp_path / "run").classifiers
+    assert list(trained) == list(found) == ["ema", "head", "small"]
+    with torch.no_grad():
+        assert all(torch.equal(module(x), found[name]) for name, module in trained.items())
 
 
 def test_average_is_exported() -> None:

@@ -1,5 +1,6 @@
 """Frozen teachers: where they come from, what they see, and that nothing about them ever moves."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import selfsup
 from selfsup import UserError, methods
 from selfsup.backbones import export_timm
 from selfsup.config import Config, load
+from selfsup.methods.load import load_classifiers
 from selfsup.methods.outputs import Wanted
 from selfsup.methods.teacher_sources import open_teacher
 from selfsup.methods.teachers import ForeignNet, FrozenNet, Teacher, weights_sha256
@@ -174,6 +176,24 @@ def test_prototypes_of_a_dino_run(dino_run: Path, role: str) -> None:
         expected = net.head(net.backbone(x).pooled) - method.center
     torch.testing.assert_close(teacher(x, Wanted(prototypes=True)).prototypes, expected, rtol=1e-5, atol=1e-6)
     assert method.center.abs().max() > 0 and teacher.temperature == 0.04
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_head_of_a_supervised_run(images: Path, tmp_path: Path, average: bool) -> None:
+    """From RUN/classifier, or, while there is none yet, from the newest checkpoint: the averaged weights, if there are any."""
+    run, ema = tmp_path / "run", "method.ema=0.9" if average else "method.ema=null"
+    options = [f"data={images}", "precision=fp32", "steps=2", ema, "method.consistency=0"]
+    selfsup.train(tiny_config("supervised", *options), out=run, quiet=True)
+    x, found = noise(3, 3, 32, 32), load_classifiers(run).classifiers
+    with torch.no_grad():
+        expected = {name: module(x) for name, module in found.items()}
+    main = next(iter(expected.values()))
+    asked = lambda target: open_teacher(config_of(f"teacher={target}"))(x, Wanted(logits=True)).logits  # noqa: E731
+    assert torch.equal(asked(run), main)
+    shutil.rmtree(run / "classifier")
+    assert torch.equal(asked(run), main)
+    assert torch.equal(asked(f"{run}@student"), expected["head"])
+    assert torch.equal(asked(run / "checkpoints" / "step_00000002"), main)
 
 
 def test_module_from_python() -> None:
