@@ -145,6 +145,10 @@ class ClassifySettings(ImageSettings):
     """Of the calibration error, of equal width."""
 
 
+class ExitsSettings(ImageSettings):
+    """`selfsup eval exits`. Val images: as for `classify`."""
+
+
 _FINETUNE_SHORT = {
     "lr": "optimizer.lr",
     "weight_decay": "optimizer.weight_decay",
@@ -174,6 +178,7 @@ VERBS: dict[str, type[ImageSettings]] = {
     "linear": LinearSettings,
     "classify": ClassifySettings,
     "finetune": FinetuneSettings,
+    "exits": ExitsSettings,
 }
 
 

@@ -18,10 +18,11 @@ from selfsup.errors import EarlyStop, UserError
 if TYPE_CHECKING:
     from selfsup.backbones import Features as Features
     from selfsup.backbones import load_backbone as load_backbone
+    from selfsup.exits import load_exit as load_exit
 
-__all__ = ["Config", "EarlyStop", "Features", "UserError", "load_backbone", "load_config", "train"]
+__all__ = ["Config", "EarlyStop", "Features", "UserError", "load_backbone", "load_config", "load_exit", "train"]
 
-_LAZY = {"load_backbone": "selfsup.backbones", "Features": "selfsup.backbones"}
+_LAZY = {"load_backbone": "selfsup.backbones", "Features": "selfsup.backbones", "load_exit": "selfsup.exits"}
 
 
 def __getattr__(name: str) -> Any:

@@ -142,13 +142,22 @@ def evaluate(
 
 @app.command()
 def export(
-    target: Annotated[str, typer.Argument(help="Run, RUN@student, backbone folder or checkpoint.")],
+    target: Annotated[str, typer.Argument(help="Run, RUN@student, RUN@exit2, backbone folder or checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder (timm) or file (onnx) to write.")],
     format: Annotated[str, typer.Option(help="timm or onnx.")] = "timm",
 ) -> None:
-    """Write a backbone for others: a folder that timm.create_model("local-dir:OUT", pretrained=True) loads, or ONNX."""
+    """Write a backbone for others: a folder that timm.create_model("local-dir:OUT", pretrained=True) loads, or ONNX.
+
+    RUN@exit2: an exit of a run of method=byot, with the stages before it alone; selfsup.load_exit(OUT) loads it.
+    """
     if format not in ("timm", "onnx"):
         raise UserError(f"--format {format!r}: known are timm and onnx")
+    run, at, part = target.rpartition("@")
+    if at and part not in ("student", "teacher") and not Path(target).exists():
+        from selfsup.exits import export_target
+
+        typer.echo(export_target(run, part, out, format))
+        return
     from selfsup.backbones import export as exporting
     from selfsup.backbones import load_backbone
 

@@ -14,6 +14,7 @@ EVALUATIONS = {
     "knn": "weighted k-nearest neighbours on frozen features (DINO's protocol)",
     "linear": "linear probe on frozen features: a grid of learning rates, layers and poolings in one pass",
     "classify": "what was trained to tell classes: top-1, top-5, calibration, confusions; nothing is trained",
+    "exits": "each exit of a run of method=byot alone: top-1, operations, parameters",
     "finetune": "the whole backbone trained with labels, then the same figures",
 }
 
@@ -25,7 +26,7 @@ def evaluate(task: str, target: str, overrides: list[str], out: Path | None) -> 
 
 
 def _handed_in(task: str) -> dict[str, Any]:
-    if task not in ("classify", "finetune"):
+    if task not in ("classify", "exits", "finetune"):
         return {}
     from selfsup.methods.load import load_classifiers
 

@@ -28,6 +28,8 @@ def initialise(method: Any, config: Config) -> None:
             )
         return
     for role, backbone in method.backbones().items():
+        if role not in ("student", "teacher"):  # a further student is another architecture
+            continue
         own: Branch = "student" if role == "student" and config.init_from.heads == "load" else "teacher"
         load_into(backbone, path, branch=own)
         if config.init_from.heads == "load":

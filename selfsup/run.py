@@ -104,6 +104,7 @@ class Run:
         dataset: Any,
         views: list[View] | None,
         quiet: bool,
+        teacher: nn.Module | None = None,
     ) -> "Run":
         """Open the data, build the method and its optimizer, and say what will be done."""
         world, channels = dist.world(), config.backbone.in_chans
@@ -119,7 +120,7 @@ class Run:
             source = open_source(config.data.path, channels=channels, config=config.data)
         config = _count_classes(config, source)
         length = plan(config, len(source))
-        method = methods.create(config)
+        method = methods.create(config, teacher)
         dtype = torch.float64 if config.precision == "fp64" else torch.float32
         method.to(device=device, dtype=dtype)
         method.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs and GPUs
@@ -138,7 +139,15 @@ class Run:
             world=world,
             workers=config.workers,
             pin=device.type == "cuda",
+            repeat=config.teacher.cache_epochs if config.teacher.cache is not None else None,
         )
+        if hasattr(method, "bind"):
+            error: UserError | None = None
+            try:
+                method.bind(source, views or method.views())
+            except UserError as cause:
+                error = cause
+            dist.raise_together(error, "preparing the method")
         head_only = config.init_from.head_only
         retention = Retention(**config.checkpoint.model_dump(exclude={"every"}))
         run = cls(
@@ -359,11 +368,13 @@ class Run:
         )
 
     def export(self) -> None:
-        """RUN/backbone, and RUN/classifier where something tells classes that timm can express."""
+        """RUN/backbone, RUN/backbones/NAME for every further one, RUN/classifier where timm can express what tells classes."""
         error: UserError | None = None
         if dist.is_main():
             try:
                 export_timm(self.method.export(), self.out / "backbone")
+                for name, backbone in getattr(self.method, "further", dict)().items():
+                    export_timm(backbone, self.out / "backbones" / name)
                 self._export_classifier()
             except UserError as cause:
                 error = cause

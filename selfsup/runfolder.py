@@ -13,9 +13,13 @@ from selfsup.guard.lease import Lease, holder
 FREE = ("workers", "checkpoint", "eval", "stop_at", "log_every", "tensorboard", "hang_timeout", "profile")
 """Keys that may change on resume."""
 
-ANNOUNCED = ("spike", "early_stop", "accumulate", "grad_checkpointing", "max_nonfinite", "data.max_bad_fraction")
+ANNOUNCED = (
+    *("spike", "early_stop", "accumulate", "grad_checkpointing", "max_nonfinite", "data.max_bad_fraction"),
+    "teacher.path",
+)
 """Keys that may change on resume, which is said: the run will not be bit for bit the one it was. They are what the
-messages of a run that was out of memory, spiked, or was stopped early or by a limit tell the user to change.
+messages of a run that was out of memory, spiked, or was stopped early or by a limit tell the user to change; and where the
+teacher is, of which the checkpoint knows the weights.
 """
 
 RESOLVED = ("precision", "device", "deterministic", "threads")

@@ -19,6 +19,7 @@ SHORT_FORMS = {
     "backbone": "name",
     "mix": "name",
     "init_from": "path",
+    "teacher": "path",
 }
 
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(%|epochs?|steps?|samples?)$")
@@ -210,6 +211,32 @@ class MethodConfig(OpenSection):
     name: str = "dino"
 
 
+class TeacherConfig(Section):
+    """A frozen network to learn from, for methods that take one (distill, deit)."""
+
+    path: str | None = None
+    """Run, RUN@student, checkpoint, exported folder, weights file, timm name, or `package.module:function`."""
+    pretrained: bool = True
+    """Of a timm name: with its published weights; there is no other way to learn from it."""
+    size: Positive | None = None
+    """Pixels at which it sees the student's views; null: those it was built for."""
+    mean: tuple[float, ...] | None = None
+    """Per channel, of values in [0, 1]; null: as its files say, or as the student's."""
+    std: tuple[float, ...] | None = None
+    cache: str | None = None
+    """Folder in which its outputs are kept, in half precision, and found again."""
+    cache_epochs: Positive = 1
+    """With a cache, the augmentation repeats after so many epochs."""
+    cache_topk: Positive | None = None
+    """With a cache, keep the largest k logits and the mass of the others; null: all of them."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TeacherConfig":
+        if self.cache is None and (self.cache_epochs != 1 or self.cache_topk is not None):
+            raise ValueError("cache_epochs and cache_topk are of a cache; give teacher.cache=FOLDER as well")
+        return self
+
+
 class OptimizerConfig(Section):
     """Optimizer, its schedules, regularisation of weights, and clipping."""
 
@@ -391,6 +418,7 @@ class Config(Section):
     views: ViewsConfig = ViewsConfig()
     backbone: BackboneConfig = BackboneConfig()
     method: MethodConfig = MethodConfig()
+    teacher: TeacherConfig = TeacherConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mix: MixConfig = MixConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

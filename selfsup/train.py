@@ -44,7 +44,11 @@ class Evaluations:
     def __call__(self, method: Any, step: int) -> dict[str, float]:
         """Of a method as `methods.contract` says."""
         figures = self.classifiers(found, step) if self.classifiers and (found := method.classifiers()) else {}
-        return figures | (self.backbone(method.export(), step) if self.backbone else {})
+        if self.backbone is None:
+            return figures
+        for name, backbone in getattr(method, "further", dict)().items():
+            figures |= {f"{name}/{key}": value for key, value in self.backbone(backbone, step).items()}
+        return figures | self.backbone(method.export(), step)
 
     def __bool__(self) -> bool:
         return self.backbone is not None or self.classifiers is not None
@@ -76,6 +80,7 @@ def train(
     views: list[View] | None = None,
     evaluate: Evaluate | None = None,
     classify: Classify | None = None,
+    teacher: nn.Module | None = None,
     quiet: bool = False,
 ) -> Result:
     """Train as `config` says, into the run folder `out`.
@@ -83,7 +88,8 @@ def train(
     dataset: any torch `Dataset` of images or (image, label) pairs, instead of `data.path`. views: instead of the
     method's own. evaluate: called as evaluate(backbone, step) every `eval.every` steps; its figures are logged.
     classify: called as classify(classifiers, step) at the same steps, if the method has any (`contract.Method.classifiers`).
-    If they have a method `close`, that is called at the end, however it ends.
+    If they have a method `close`, that is called at the end, however it ends. teacher: a trained module to learn from,
+    instead of `config.teacher.path`; it is frozen where it is, and a resume needs the same again.
     A run that `early_stop` ends is done, and a resume leaves it so. Raises UserError for what the user can mend, EarlyStop
     when stopped by a signal or `stop_at` (resumable), RankLost when another process of the run is gone.
     """
@@ -113,7 +119,7 @@ def train(
         signals = stack.enter_context(StopSignals())
         run: Run | None = None
         try:
-            run = Run.create(config, out, device, dataset, views, quiet)
+            run = Run.create(config, out, device, dataset, views, quiet, teacher)
             for note in [*places, *notes]:
                 run.progress.note(note)
             if not (resume and run.resume()):
@@ -299,6 +305,7 @@ def _to_device(batch: Batch, run: Run) -> ViewBatch:
         ids=batch.ids.to(**move),
         step=run.step,
         global_batch=run.config.global_batch,
+        rows=None if batch.draws is None else (batch.ids, batch.draws),
     )
 
 

@@ -465,3 +465,14 @@ def test_evaluation_targets_and_labels(refused: Refused, images: Path, run: Path
     assert "label" in message and str(images) in message
     assert "did you mean" in refused("eval", "knn", run, f"data={images}", "temprature=0.1")
     assert "nowhere" in refused("export", tmp_path / "nowhere", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["distill_demo", "deit_tiny_demo"])
+def test_recipe_that_needs_a_teacher(refused: Refused, tmp_path: Path, name: str) -> None:
+    text = refused("train", name, "--out", tmp_path / "run")
+    assert (
+        "learns from a teacher and there is none; give teacher=RUN, an exported folder, a checkpoint or a timm name"
+        in text
+    )
+    text = refused("train", name, "teacher=resnet18", "--out", tmp_path / "run")
+    assert "teacher=resnet18: a teacher without loaded weights" in text

@@ -28,6 +28,7 @@ SHORT = {
     "optimizer=sgd": ("optimizer.name", "sgd"),
     "backbone=resnet18": ("backbone.name", "resnet18"),
     "init_from=runs/a": ("init_from.path", "runs/a"),
+    "teacher=runs/a": ("teacher.path", "runs/a"),
     "mix=ricap": ("mix.name", "ricap"),
 }
 

@@ -21,7 +21,7 @@ LEVELS = [
     {"checkpoint", "checkpoint_writer", "log", "health", "runtime", "placement", "runfolder", "status", "signals"}
     | {"recorder", "profile"},
     {"backbones", "data", "classifier"},
-    {"methods", "recipes", "initialise", "replay"},
+    {"methods", "recipes", "initialise", "replay", "exits"},
     {"run", "train"},
     {"eval", "launch"},
     {"cli", "cli_eval", "cli_jobs", "demo"},

@@ -47,7 +47,7 @@ class Lab:
         common = (*TINY_RUN, f"data={self.images}", f"global_batch={BATCH}", f"steps={STEPS}")
         common = tuple(option for option in common if not option.startswith("backbone"))
         path = self.folder / f"{name}.yaml"
-        path.write_text(dump(load(None, [*common, f"method={method}", *METHOD_OPTIONS[method], *backbone, *overrides])))
+        path.write_text(dump(load(None, [*common, f"method={method}", *backbone, *METHOD_OPTIONS[method], *overrides])))
         return path
 
     def run(self, recipe: Path, out: Path, world: int, *overrides: str, status: int = 0) -> Process:
@@ -123,7 +123,7 @@ def test_resume_is_bitwise(lab: Lab, tmp_path: Path, method: str, precision: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"deit"}))  # which is a ViT's
 def test_resume_is_bitwise_with_batch_norm(lab: Lab, tmp_path: Path, method: str) -> None:
     """Running statistics, which two ranks compute together; convolutions, whose moments are channels-last."""
     case = f"{method}_batch_norm"

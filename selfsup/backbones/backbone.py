@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selfsup.backbones import packed
+from selfsup.backbones import packed, stages
 from selfsup.backbones.checkpointing import set_checkpointing
 from selfsup.backbones.features import Features
 from selfsup.backbones.positions import PosInterp
@@ -133,6 +133,10 @@ class Backbone(nn.Module):
         wanted, found = self._intermediates(images, layers, norm, prefix=False)
         maps = dict(found)
         return [maps[i] for i in wanted]
+
+    def forward_stages(self, images: Tensor, layers: Sequence[int]) -> tuple[Features, list[Tensor]]:
+        """`forward(images)` and `feature_maps(images, layers, norm=False)`, bit for bit, in one pass."""
+        return stages.forward_stages(self, images, layers)
 
     def tokens(self, images: Tensor, n_last: int) -> list[tuple[Tensor | None, Tensor]]:
         """Of each of the last n layers, the last one last: (CLS [B, D] or None, mean of the patches [B, D]).

@@ -67,17 +67,25 @@ def export_onnx(backbone: Backbone, path: str | Path, size: Size | None = None) 
     size: pixels, default `backbone.image_size`. Returns the largest absolute difference to `backbone` that ONNX
     Runtime shows on noise. Raises UserError if the extra is not installed or the file cannot be written.
     """
-    absent = [n for n in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(n) is None]
-    if absent:
-        raise UserError(f"--format onnx needs {', '.join(absent)}: pip install 'selfsup[onnx]'")
-    path = Path(path)
-    if path.suffix != ".onnx":
-        raise UserError(f"{path}: an ONNX file ends in .onnx")
     backbone.check_size(_pair(size or backbone.image_size))
     with evaluating(backbone):
         module = _Outputs(_on_cpu(backbone)).eval()
-        _to_onnx(module, noise(backbone, size, batch=2), path)
-        return _onnx_difference(module, noise(backbone, size, batch=3), path)
+        images = noise(backbone, size, batch=2), noise(backbone, size, batch=3)
+        return onnx_of(module, images, Path(path), ("pooled", "patches"))
+
+
+def onnx_of(module: nn.Module, images: tuple[Tensor, Tensor], path: Path, outputs: tuple[str, ...]) -> float:
+    """Write `module` in eval mode as ONNX, images [batch, ...] -> `outputs`: traced on the first batch, tried on the second.
+
+    Both on the CPU, and of different lengths. Returns and raises as `export_onnx`.
+    """
+    absent = [n for n in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(n) is None]
+    if absent:
+        raise UserError(f"--format onnx needs {', '.join(absent)}: pip install 'selfsup[onnx]'")
+    if path.suffix != ".onnx":
+        raise UserError(f"{path}: an ONNX file ends in .onnx")
+    _to_onnx(module, images[0], path, outputs)
+    return _onnx_difference(module, images[1], path)
 
 
 class _Outputs(nn.Module):
@@ -90,7 +98,7 @@ class _Outputs(nn.Module):
         return features.pooled, features.patches
 
 
-def _to_onnx(module: nn.Module, images: Tensor, path: Path) -> None:
+def _to_onnx(module: nn.Module, images: Tensor, path: Path, outputs: tuple[str, ...]) -> None:
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +109,7 @@ def _to_onnx(module: nn.Module, images: Tensor, path: Path) -> None:
                 (images,),
                 str(path),
                 input_names=["images"],
-                output_names=["pooled", "patches"],
+                output_names=list(outputs),
                 dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
                 dynamo=True,
                 external_data=False,
@@ -118,6 +126,7 @@ def _onnx_difference(module: nn.Module, images: Tensor, path: Path) -> float:
     found = session.run(None, {"images": images.numpy()})
     with torch.no_grad():
         expected = module(images)
+    expected = (expected,) if isinstance(expected, Tensor) else expected
     return max(float((torch.from_numpy(f) - e).abs().max()) for f, e in zip(found, expected, strict=True))
 
 

@@ -67,6 +67,14 @@ def load_into(
     return _load(backbone, _open(path, branch), str(target), allow_partial)
 
 
+def rebuild(recorded: dict[str, Any], where: str) -> Backbone:
+    """The backbone that a config.json describes, with initial weights. Raises UserError naming `where`."""
+    fault = _fault(recorded) if isinstance(recorded.get("architecture"), str) else "no 'architecture'; it is needed"
+    if fault:
+        raise UserError(f"{where}: {one_line(fault)}")
+    return _Source("timm", {}, recorded).build(None, {}, {})
+
+
 class _Source:
     """Weights with timm's keys, and what is known about the model they belong to."""
 

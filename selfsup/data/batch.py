@@ -40,6 +40,8 @@ class Batch:
     """int64 [B], -1 where there is none."""
     bad: list[tuple[str, str]]
     """Name and reason of every image that could not be read and was replaced."""
+    draws: Tensor | None = None
+    """int64 [B]: the epoch that each image's augmentation is drawn for."""
 
     def pin_memory(self) -> "Batch":
         """Crops in page-locked memory; the rest stays on the host and needs none."""
@@ -64,10 +66,15 @@ class Split:
 
 
 class BatchMaker:
-    """(step, micro) -> Batch: a pure function of the source, the views, the seed and the split."""
+    """(step, micro) -> Batch: a pure function of the source, the views, the seed, the split and `repeat`.
 
-    def __init__(self, source: Source, views: Sequence[View], seed: int, split: Split) -> None:
-        self.source, self.seed, self.split = source, seed, split
+    repeat: after so many epochs the augmentation begins anew, in an order of images that goes on; None: never.
+    """
+
+    def __init__(
+        self, source: Source, views: Sequence[View], seed: int, split: Split, repeat: int | None = None
+    ) -> None:
+        self.source, self.seed, self.split, self.repeat = source, seed, split, repeat
         self.groups = resolutions(views)
         self.order = Order(len(source), seed)
         self.policies = {v.number: Policy(v, source.channels) for v in views if v.crops.policy != "none"}
@@ -77,6 +84,8 @@ class BatchMaker:
         """The micro-batch `micro` of `step`. Raises UserError when too many images in a row cannot be read."""
         positions = self.split.positions(micro)
         epochs, ids = self.order.at(step * self.split.global_batch + positions)
+        if self.repeat is not None:
+            epochs = epochs % self.repeat
         channels, count = self.source.channels, len(ids)
         crops = [np.empty((len(g), count, g[0].size, g[0].size, channels), np.uint8) for g in self.groups]
         params = [np.empty((len(g), count, P), np.float32) for g in self.groups]
@@ -102,6 +111,7 @@ class BatchMaker:
             positions=torch.from_numpy(positions),
             labels=torch.from_numpy(labels),
             bad=bad,
+            draws=torch.from_numpy(epochs),
         )
 
     def _read(self, asked: int, bad: list[tuple[str, str]]) -> tuple[Prepared, int]:

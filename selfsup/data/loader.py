@@ -21,7 +21,7 @@ class Loader:
 
     The number of workers, ranks and micro-batches only decides who makes which part. Raises UserError when the source
     holds fewer images than a global batch, or the batch does not split evenly. `say` is told of workers that were killed
-    and replaced; by default stderr is.
+    and replaced; by default stderr is. repeat: see `BatchMaker`.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class Loader:
         pin: bool = False,
         prefetch: int = 2,
         say: Callable[[str], None] | None = None,
+        repeat: int | None = None,
     ) -> None:
         check_split(global_batch, accumulate, world)
         if len(source) < global_batch:
@@ -45,7 +46,7 @@ class Loader:
                 f"data holds {len(source)} images, fewer than global_batch={global_batch}; "
                 f"add images or give global_batch={len(source)} or less"
             )
-        self.make = BatchMaker(source, views, seed, Split(global_batch, accumulate, rank, world))
+        self.make = BatchMaker(source, views, seed, Split(global_batch, accumulate, rank, world), repeat)
         self.seed, self.accumulate, self.workers, self.pin, self.prefetch = seed, accumulate, workers, pin, prefetch
         self.say = say
         self.wait_seconds = 0.0

@@ -5,12 +5,16 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel
+from torch import nn
 
 from selfsup.config import Config, MethodConfig, suggest, validate
 from selfsup.errors import UserError
 
 METHODS = {
+    "byot": "selfsup.methods.byot:BYOT",
+    "deit": "selfsup.methods.deit:DeiT",
     "dino": "selfsup.methods.dino:DINO",
+    "distill": "selfsup.methods.distill:Distill",
     "supervised": "selfsup.methods.supervised:Supervised",
 }
 
@@ -38,14 +42,25 @@ def find(name: str) -> type:
 def complete(config: Config) -> Config:
     """`config` with the method's options validated and their defaults filled in."""
     kind: Any = find(config.method.name)
+    if config.teacher.path is not None and not getattr(kind, "takes_teacher", False):
+        raise UserError(
+            f"teacher={config.teacher.path}: method={config.method.name} learns from no other network; leave it out, or use "
+            "method=distill"
+        )
     options = validate(kind.Options, config.method.options, where="configuration", prefix="method.")
     section = MethodConfig(name=config.method.name, **options.model_dump(mode="json"))
     return config.model_copy(update={"method": section})
 
 
-def create(config: Config) -> Any:
-    """The method of a completed configuration, with weights that depend on `seed` alone."""
+def create(config: Config, teacher: nn.Module | None = None) -> Any:
+    """The method of a completed configuration, with weights that depend on `seed` alone.
+
+    teacher: a trained module for methods that take one, instead of what `config.teacher` names.
+    """
     kind: Any = find(config.method.name)
+    if teacher is not None and not getattr(kind, "takes_teacher", False):
+        raise UserError(f"teacher={type(teacher).__name__}: method={config.method.name} learns from no other network")
+    more = {} if teacher is None else {"teacher": teacher}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return kind(config, kind.Options.model_validate(config.method.options))
+        return kind(config, kind.Options.model_validate(config.method.options), **more)

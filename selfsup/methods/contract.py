@@ -27,6 +27,9 @@ class ViewBatch:
     """Index in the data set, int64 [B]."""
     step: int
     global_batch: int
+    rows: tuple[Tensor, Tensor] | None = None
+    """On the host, int64 [B] each: `ids`, and the epochs that the augmentation is drawn for. For what is kept by image
+    without asking the device; None where nothing may be kept, as when a refused step is computed again."""
 
     def keys(self, kind: int, first_view: int = 0) -> Tensor:
         """A number for each image of `images[kind]`, flattened [views * B], unique in the global batch.
@@ -62,6 +65,12 @@ class Method(Protocol):
     def views(self) -> list[View]:
         """What the loader must produce."""
         ...
+
+    # A method may have, besides (the trainer asks whether it does):
+    #   takes_teacher = True     `teacher=...` is for it, and a module given to `selfsup.train(teacher=...)` is its third argument
+    #   bind(source, views)      called once before the first step, on every rank, with the data and the views in use
+    #   classifiers_from(config, state)     class method: `classifiers` of a checkpoint, in eval mode, without the teacher
+    #   further()                more backbones by name, for RUN/backbones/NAME and the evaluations of backbones
 
     def schedules(self, plan: Plan) -> dict[str, Schedule]:
         """Schedules besides 'lr' and 'wd', by name; their values are in `s` and in the log."""

@@ -1,6 +1,9 @@
 """A trained method, as its run or one of its checkpoints holds it."""
 
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from selfsup import checkpoint, methods
 from selfsup import config as configuration
@@ -25,9 +28,13 @@ def load_classifiers(target: str | Path) -> Trained:
     if folder is None:
         why = f" ({problems[0]})" if problems else ""
         raise UserError(f"{target}: {run / 'checkpoints'} holds no complete checkpoint{why}; train the run first")
-    method = methods.create(config)
     state = {k: v for k, v in checkpoint.load(folder, 0).model.items() if not k.startswith("loss_scale.")}
+    kind: Any = methods.find(config.method.name)
     try:
+        if hasattr(kind, "classifiers_from"):  # what it learned from need not be there any more
+            found: dict[str, nn.Module] = kind.classifiers_from(config, state)
+            return Trained(found, config, checkpoint.step_of(folder))
+        method = methods.create(config)
         method.load_state_dict(state)
     except RuntimeError as error:
         first = " ".join(str(error).split())

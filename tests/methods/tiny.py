@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -32,12 +33,33 @@ TINY_RUN = [
     "log_every=4",
     "checkpoint.every=100",
 ]
+ONE_VIEW = ["views.global.count=1", "views.global.blur=0.5", "views.global.solarize=0.1"]
+SECOND_STUDENT = (
+    "method.students=[{name: small, layers: [0, 0], backbone: {name: vit_tiny_patch16_224, img_size: 32, patch_size: 16, "
+    "embed_dim: 24, depth: 1, num_heads: 2, drop_path_rate: 0.1}}]"
+)
 METHOD_OPTIONS = {
+    "byot": ["method.feature_weight=0.01"],
+    "deit": [
+        *ONE_VIEW,
+        "teacher=tests.methods.tiny:tiny_teacher",
+        "backbone=deit_tiny_distilled_patch16_224",
+        "method.ema=0.9",
+    ],
     "dino": [
         "method.out_dim=64",
         "method.hidden_dim=48",
         "method.bottleneck_dim=16",
         "method.freeze_last_layer=2 steps",
+    ],
+    "distill": [
+        *ONE_VIEW,
+        "teacher=tests.methods.tiny:tiny_teacher",
+        "method.losses={ce: 1.0, soft: 1.0, hint: 0.1, patch_cosine: 0.1}",
+        "method.layers=[0, 1]",
+        "method.teacher_layers=[layer2, 3]",
+        "method.ema=0.9",
+        SECOND_STUDENT,
     ],
     "supervised": [
         "method.label_smoothing=0.1",
@@ -52,6 +74,30 @@ METHOD_OPTIONS = {
 def tiny_config(method: str, *overrides: str) -> Config:
     """A configuration of ten tiny steps with this method."""
     return load(None, [*TINY_RUN, f"method={method}", *METHOD_OPTIONS[method], *overrides])
+
+
+TEACHER_OPTIONS = {"channels": [8, 16, 16, 32], "stem_width": 8}
+
+
+def tiny_teacher(classes: int = 4, seed: int = 100, drop_rate: float = 0.5) -> Any:
+    """A backbone with batch norm, dropout and a classifier of its own; its running statistics are not the initial ones."""
+    import timm
+    import torch
+
+    from selfsup.backbones.create import wrap
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = timm.create_model("resnet10t", num_classes=classes, drop_rate=drop_rate, **TEACHER_OPTIONS)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.copy_(torch.rand(buffer.shape) * 0.5 + (0.75 if name.endswith("var") else -0.25))
+        for name, parameter in model.named_parameters():
+            if name.endswith("bn2.weight"):
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)  # 0 at first: blocks would do nothing
+        torch.nn.init.normal_(model.fc.weight, std=0.5)  # answers that differ from image to image
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
+    return wrap(model, "resnet10t", dict(TEACHER_OPTIONS), mean=mean, std=std, input_size=32, pos_interp="timm")
 
 
 def write_images(folder: Path, count: int = 40, size: int = 40, seed: int = 0, classes: int = 0) -> Path:
