@@ -40,7 +40,7 @@ class Figures:
     """loss, img_per_s, knn_top1, knn_step (at which it was measured), linear_top1, ..."""
     seconds_a_step: float | None = None
     stopped_early: bool = False
-    """Its evaluations got no better: `step` was its last one."""
+    """Its evaluations got no better: `step` was its last one, before `steps`."""
 
     @property
     def finished(self) -> bool:
@@ -68,8 +68,9 @@ def read(run: Path, since: float | None = None) -> Figures:
     if speed is not None:
         metrics["img_per_s"] = speed
     metrics |= _evaluations(run, log, step)
-    speed_now = _seconds_a_step(lines, newest, since, speed)
-    return Figures(step, total_steps(run), metrics, speed_now, _stopped_early(run, step))
+    steps = total_steps(run)
+    early = (steps is None or step < steps) and _stopped_early(run, step)
+    return Figures(step, steps, metrics, _seconds_a_step(lines, newest, since, speed), early)
 
 
 def total_steps(run: Path) -> int | None:

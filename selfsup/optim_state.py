@@ -114,7 +114,8 @@ class _Fresh:
             for p in params:
                 p.grad = torch.empty_like(p)
             groups.append({**{k: v for k, v in group.items() if k != "step"}, "params": params, "lr": 1.0})
-        trial: Any = type(optimizer)(groups)
+        kind: Any = type(optimizer)
+        trial = kind(groups)
         trial.step()
         for group in trial.param_groups:
             self.counts_groups |= "step" in group

@@ -35,9 +35,10 @@ def test_smaller_may_be_better() -> None:
 
 
 def test_min_delta_is_what_a_new_best_must_exceed() -> None:
-    """Small gains do not add up to one: the best stays where it was, so that three of 0.25 are a gain of 0.5 at the third."""
-    assert fed([0.0, 0.5, 1.0], patience=1, min_delta=0.5) == [False, True, True]
-    assert fed([0.0, 0.25, 0.5, 0.75], patience=3, min_delta=0.5) == [False, False, False, False]
+    """More than it, above the best and not above the last: three small gains are one of 0.75."""
+    assert fed([0.0, 0.5], patience=1, min_delta=0.5) == [False, True]
+    assert fed([0.0, 0.625], patience=1, min_delta=0.5) == [False, False]
+    assert fed([0.0, 0.25, 0.5, 0.75, 0.8, 0.8, 0.8], patience=3, min_delta=0.5) == [False] * 6 + [True]
     assert fed([0.0, -0.25, -0.5, -0.75], patience=3, min_delta=0.5, mode="min") == [False] * 4
 
 

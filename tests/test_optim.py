@@ -80,7 +80,8 @@ def step(model: Small, optimizer: torch.optim.Optimizer, seed: int, ok: float = 
 
 def bits(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {**model.state_dict(), **{f"state {k}": v for k, v in state_tensors(optimizer).items()}}
-    return {k: v.detach().clone().view(torch.uint8) if v.ndim else v.detach().clone() for k, v in tensors.items()}
+    copies = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    return {k: v.view(torch.uint8) if v.ndim else v for k, v in copies.items()}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

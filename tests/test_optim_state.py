@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from selfsup.config import load
+from selfsup.optim import create_optimizer, guarded_step, parameter_groups, set_hyperparameters
 from selfsup.optim_state import load_state_tensors, state_tensors
-from tests.test_optim import OPTIMIZERS, bits, build, step
+from tests.test_optim import OPTIMIZERS, PEAK, bits, build, step
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -26,6 +28,40 @@ def test_round_trip_continues_bitwise(name: str, dtype: torch.dtype) -> None:
     first, second = bits(model, optimizer), bits(other, fresh)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_convolutions_keep_their_strides(name: str) -> None:
+    """Weights that are channels-last in memory, as the trainer's are: moments of the same strides, and the same bits."""
+    config = load(None, [f"optimizer={name.split()[0]}", *OPTIMIZERS[name]]).optimizer
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        network = nn.Conv2d(17, 18, 3).to(memory_format=torch.channels_last)
+        runs.append((network, create_optimizer(config, parameter_groups(list(network.named_parameters())), PEAK)))
+
+    def move(network: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        set_hyperparameters(optimizer, PEAK, 0.05)
+        optimizer.zero_grad(set_to_none=True)
+        x = torch.randn(2, 17, 5, 5, generator=torch.Generator().manual_seed(seed))
+        network(x.to(memory_format=torch.channels_last)).pow(2).mean().backward()
+        guarded_step(optimizer, torch.ones(()))
+
+    for seed in range(2):
+        move(*runs[0], seed)
+    runs[1][0].load_state_dict(runs[0][0].state_dict())
+    # as from a file, where tensors are contiguous
+    load_state_tensors(
+        runs[1][1], {k: v.clone(memory_format=torch.contiguous_format) for k, v in state_tensors(runs[0][1]).items()}
+    )
+    for seed in range(2, 5):
+        for run in runs:
+            move(*run, seed)
+    first, second = bits(*runs[0]), bits(*runs[1])
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    for key, value in state_tensors(runs[1][1]).items():
+        if value.shape == runs[1][0].weight.shape:
+            assert value.stride() == runs[1][0].weight.stride(), key
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -53,7 +89,19 @@ def test_a_step_refused_right_after_loading(name: str) -> None:
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
-def test_keeps_strides_and_does_not_alias() -> None:
+@pytest.mark.parametrize("name", ["sgd", "sgd nesterov", "lars"])
+def test_momentum_that_a_table_lacks_is_zero(name: str) -> None:
+    """Of a parameter that had no gradient so far: a step that is refused first leaves nothing undefined."""
+    model, optimizer = build(name)
+    step(model, optimizer, 0)
+    load_state_tensors(optimizer, {k: v for k, v in state_tensors(optimizer).items() if not k.startswith("head.")})
+    step(model, optimizer, 9, ok=0.0)
+    held = state_tensors(optimizer)
+    assert not held["head.weight|momentum_buffer"].any() and not held["head.bias|momentum_buffer"].any()
+    assert held["backbone.blocks.0.weight|momentum_buffer"].any()
+
+
+def test_does_not_alias() -> None:
     model, optimizer = build("adamw")
     step(model, optimizer, 0)
     held = state_tensors(optimizer)

@@ -54,7 +54,6 @@ def files(run: Path, step: int) -> dict[str, bytes]:
         (["optimizer=lamb", "optimizer.lr=1e-2", "optimizer.l1=1e-4", "optimizer.head_weight_decay=0.5"], None),
         (["optimizer=adafactor", "optimizer.lr=1e-3", "optimizer.schedule=constant", "optimizer.cooldown=50%"], None),
         (["optimizer=adabound", "optimizer.lr=1e-3", "optimizer.warmup=0%"], None),
-        (["optimizer=adafactor", "optimizer.lr=1e-3"], "resnet10t"),
     ],
 )
 def test_stop_and_resume_is_bitwise(images: Path, tmp_path: Path, overrides: list[str], backbone: str | None) -> None:
