@@ -83,7 +83,9 @@ class Lab:
         """Drop what was measured with another setting or of rows that have changed since."""
         names = {row.name: row for row in ROWS}
         for name in list(self.runs):
-            kept = {s: run for s, run in self.runs[name].items() if name in names and run["key"] == self.key(names[name])}
+            kept = {
+                s: run for s, run in self.runs[name].items() if name in names and run["key"] == self.key(names[name])
+            }
             if len(kept) < len(self.runs[name]):
                 say(f"{name}: measured with another setting, measured again")
             self.runs[name] = kept
@@ -151,7 +153,9 @@ def _recipe(lab: Lab) -> Path:
     path = lab.work / "base.yaml"
     if not path.is_file():
         temporary = path.with_name(f".base.{os.getpid()}.{threading.get_ident()}.tmp")
-        temporary.write_text("# what all rows of benchmarks/distill.py have in common\n" + json.dumps(BASE, indent=1) + "\n")
+        temporary.write_text(
+            "# what all rows of benchmarks/distill.py have in common\n" + json.dumps(BASE, indent=1) + "\n"
+        )
         os.replace(temporary, path)
     return path
 
@@ -195,7 +199,9 @@ def work(lab: Lab, rows: Sequence[Row], seeds: Sequence[int]) -> list[str]:
                     say(failures[-1])
                     continue
                 lab.keep(row, seed, found)
-                say(f"{row.name}, seed {seed}: top-1 {found['top1']:.4f} after {found['steps']} steps, {found['seconds']:.0f} s")
+                say(
+                    f"{row.name}, seed {seed}: top-1 {found['top1']:.4f} after {found['steps']} steps, {found['seconds']:.0f} s"
+                )
         if failures:
             break  # rows without their teacher would fail one by one
     return failures

@@ -105,7 +105,13 @@ def _kd() -> list[Row]:
         row("kd_hint", "kd + hints after layer2 (FitNets)", {**soft, "hint": 0.1}, second, "kd"),
         row("kd_at", "kd + attention transfer", {**soft, "at": 100.0}, both, "kd"),
         row("kd_sp", "kd + similarity of images (SP)", {**soft, "sp": 100.0}, second, "kd"),
-        row("kd_rkd", "kd + relations (RKD, distance and angle)", {**soft, "rkd_distance": 1.0, "rkd_angle": 2.0}, {}, "kd"),
+        row(
+            "kd_rkd",
+            "kd + relations (RKD, distance and angle)",
+            {**soft, "rkd_distance": 1.0, "rkd_angle": 2.0},
+            {},
+            "kd",
+        ),
         row("kd_crd", "kd + contrastive (CRD, in the batch)", {**soft, "crd": 0.2}, {}, "kd"),
         row("kd_regression", "kd + regression of the last map", {**soft, "regression": 0.5}, {}, "kd"),
         row("dkd", "labels and decoupled logits (DKD)", {"ce": 0.5, "dkd": 0.5}, {"method.dkd_beta": 2.0}, "kd"),
@@ -115,10 +121,23 @@ def _kd() -> list[Row]:
 
 def _deit() -> list[Row]:
     token = {**VIT, "backbone.name": "deit_tiny_distilled_patch16_224", "method.name": "deit"}
+    soft = {"method.distillation": "soft", "method.alpha": 0.1, "method.temperature": 3.0}
     return [
-        Row("vit", "deit", "labels alone", {**VIT, "backbone.name": "deit_tiny_patch16_224"}),
-        Row("deit_hard", "deit", "token, the teacher's decisions", {**token, "method.distillation": "hard"}, "vit", "teacher"),
-        Row("deit_soft", "deit", "token, the teacher's distribution", {**token, "method.distillation": "soft"}, "vit", "teacher"),
+        Row(
+            "vit",
+            "deit",
+            "labels alone",
+            {**VIT, "backbone.name": "deit_tiny_patch16_224", "method.label_smoothing": 0.1},
+        ),
+        Row(
+            "deit_hard",
+            "deit",
+            "token, the teacher's decisions",
+            {**token, "method.distillation": "hard"},
+            "vit",
+            "teacher",
+        ),
+        Row("deit_soft", "deit", "token, the teacher's distribution", {**token, **soft}, "vit", "teacher"),
     ]
 
 
@@ -154,7 +173,11 @@ def _tricks() -> list[Row]:
         ("cosine", "+ cosine decay", {"optimizer.schedule": "cosine", "optimizer.milestones": []}),
         ("smoothing", "+ label smoothing 0.1", {"method.label_smoothing": 0.1, "method.smoothing_form": "others"}),
     ]
-    rows, options, before = [Row("plain", "tricks", "SGD, batch 64, rate divided by 10 three times", plain)], plain, "plain"
+    rows, options, before = (
+        [Row("plain", "tricks", "SGD, batch 64, rate divided by 10 three times", plain)],
+        plain,
+        "plain",
+    )
     for name, title, change in steps:
         options = {**options, **change}
         rows.append(Row(name, "tricks", title, options, before))
@@ -197,7 +220,13 @@ def _randaugment() -> dict[str, Any]:
 
 
 ROWS: list[Row] = [
-    Row("teacher", "teachers", "ResNet-18-D, nine times the student's parameters, three times the budget", WIDE, times=3.0),
+    Row(
+        "teacher",
+        "teachers",
+        "ResNet-18-D, nine times the student's parameters, three times the budget",
+        WIDE,
+        times=3.0,
+    ),
     *_kd(),
     *_deit(),
     *_byot(),

@@ -66,11 +66,19 @@ def lines(runs: Runs, rows: Sequence[Row] = ROWS) -> list[Line]:
 
 def _values(found: Mapping[str, Mapping[str, Any]], classifier: str | None) -> dict[str, float]:
     """Top-1 by seed, of a classifier or of the main one."""
-    return {s: run["top1"] if classifier is None else run["classifiers"][classifier] for s, run in sorted(found.items())}
+    return {
+        s: run["top1"] if classifier is None else run["classifiers"][classifier] for s, run in sorted(found.items())
+    }
 
 
 def _line(
-    group: str, name: str, title: str, mine: Mapping[str, float], runs: Runs, against: str | None, found: Mapping[str, Any]
+    group: str,
+    name: str,
+    title: str,
+    mine: Mapping[str, float],
+    runs: Runs,
+    against: str | None,
+    found: Mapping[str, Any],
 ) -> Line:
     other = _values(runs[against], None) if against is not None and against in runs else {}
     both = [seed for seed in mine if seed in other]
@@ -158,7 +166,9 @@ def picture(runs: Runs, path: Path) -> Path | None:
         mine = [line for line in every if line.group == group]
         for y, line in enumerate(mine):
             colour = colours.get(line.verdict, "#8a8f98")
-            axes.plot([100 * v for v in line.values], [y] * len(line.values), "o", color=colour, markersize=4, alpha=0.6)
+            axes.plot(
+                [100 * v for v in line.values], [y] * len(line.values), "o", color=colour, markersize=4, alpha=0.6
+            )
             axes.plot([100 * line.mean] * 2, [y - 0.3, y + 0.3], color=colour, linewidth=2.5)
             gain = "" if line.gain is None else f" ({100 * line.gain:+.2f})"
             axes.annotate(

@@ -42,14 +42,16 @@ def run(target: str, overrides: list[str], out: Path | None = None, *, open_run:
 def evaluate(subject: Subject, settings: ExitsSettings) -> dict[str, Any]:
     """Top-1 of every classifier on the val images, its operations an image, and its parameters, each used alone."""
     if len(subject.classifiers) < 2:
-        raise UserError(f"eval exits {subject.target.name}: it has no exits; train with method=byot, or use eval classify")
+        raise UserError(
+            f"eval exits {subject.target.name}: it has no exits; train with method=byot, or use eval classify"
+        )
     val = open_val(subject.target, settings, subject.classes, subject.class_names, len(subject.mean))
     transform = transform_of(subject, settings)
     found = answers(subject.classifiers, val, transform, settings, subject.target.device, what="exits: val images")
     if not dist.is_main():
         return {}
     shape = (1, len(subject.mean), transform.size, transform.size)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, module in subject.classifiers.items():
         seen = found[name].readable > 0
         top1 = (found[name].place[seen] == 0).double().mean().item()

@@ -30,7 +30,11 @@ def line(name: str, runs: dict[str, Any]) -> distill_table.Line:
 def test_gain_is_paired_and_judged_by_the_seeds_spread() -> None:
     runs = {"student": run_of(0.80, 0.82, 0.81), "kd": run_of(0.83, 0.85, 0.84), "kd_hint": run_of(0.831, 0.846, 0.842)}
     found = line("kd", runs)
-    assert found.mean == pytest.approx(0.84) and found.gain == pytest.approx(0.03) and found.gains == pytest.approx((0.03,) * 3)
+    assert (
+        found.mean == pytest.approx(0.84)
+        and found.gain == pytest.approx(0.03)
+        and found.gains == pytest.approx((0.03,) * 3)
+    )
     assert found.spread == pytest.approx(0.01) and found.verdict == "gain" and found.against == "student"
     assert line("kd_hint", runs).against == "kd" and line("kd_hint", runs).verdict == "within the seeds' spread"
     lower = {**runs, "kd": run_of(0.70, 0.71, 0.72)}
@@ -49,7 +53,12 @@ def test_only_seeds_that_both_have_are_compared() -> None:
 
 def test_exits_have_lines_of_their_own() -> None:
     byot = {
-        str(s): {"top1": 0.8 + s / 100, "classifiers": {"exit2": 0.8 + s / 100, "exit1": 0.7}, "seconds": 1.0, "key": "k"}
+        str(s): {
+            "top1": 0.8 + s / 100,
+            "classifiers": {"exit2": 0.8 + s / 100, "exit1": 0.7},
+            "seconds": 1.0,
+            "key": "k",
+        }
         for s in range(3)
     }
     names = [found.name for found in distill_table.lines({"student": run_of(0.7, 0.7, 0.7), "byot": byot})]
@@ -74,7 +83,9 @@ def test_rows_are_well_formed() -> None:
     for row in ROWS:
         assert row.against is None or row.against in seen, f"{row.name} comes before what it is compared with"
         assert row.teacher is None or BY_NAME[row.teacher].group == "teachers"
-        assert row.times == 1.0 or row.group == "teachers", f"{row.name} has another budget than what it is compared with"
+        assert row.times == 1.0 or row.group == "teachers", (
+            f"{row.name} has another budget than what it is compared with"
+        )
         seen.add(row.name)
     tricks = [row for row in ROWS if row.group == "tricks"]
     assert [row.against for row in tricks if row.name == "all_tricks"] == ["plain"]
@@ -190,7 +201,9 @@ def test_a_budget_in_seconds_is_reckoned_from_speed(tmp_path: Path, monkeypatch:
     assert distill._steps(lab, BY_NAME["plain"], 0) == 60 * 256 / 64
 
 
-@pytest.mark.parametrize("wrong", [["--budget", "fast"], ["--budget", "0"], ["--seeds", "a"], ["--jobs", "0"], ["--data", "x"]])
+@pytest.mark.parametrize(
+    "wrong", [["--budget", "fast"], ["--budget", "0"], ["--seeds", "a"], ["--jobs", "0"], ["--data", "x"]]
+)
 def test_bad_arguments(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         distill.main(wrong)

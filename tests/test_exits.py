@@ -16,7 +16,10 @@ from selfsup.exits import ExitNetwork, Norm, exits_for, export_exit, export_onnx
 SMALL = {
     "resnet": ("resnet18", {}),
     "convnext": ("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32], "drop_path_rate": 0.1}),
-    "resnetv2": ("resnetv2_50", {"layers": [1, 1, 1], "channels": [32, 48, 64], "stem_chs": 16, "norm_layer": "groupnorm1"}),
+    "resnetv2": (
+        "resnetv2_50",
+        {"layers": [1, 1, 1], "channels": [32, 48, 64], "stem_chs": 16, "norm_layer": "groupnorm1"},
+    ),
     "vit": ("vit_tiny_patch16_224", {"patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}),
     "swin": ("swin_tiny_patch4_window7_224", {"embed_dim": 24, "depths": [1, 1], "num_heads": [2, 4]}),
 }

@@ -16,14 +16,17 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from selfsup import dist
 from selfsup.backbones import Backbone, create_backbone
 from selfsup.backbones.stages import resolve_layers, stage_layers
 from selfsup.backbones.stochastic import key_stochastic_layers
 from selfsup.config import Config, Positive, Probability, Section
+from selfsup.data.mixing import Mixer
 from selfsup.data.views import View, multicrop
 from selfsup.errors import UserError
 from selfsup.exits import ExitNetwork, Norm, exits_for
 from selfsup.losses.byot import byot_loss
+from selfsup.losses.classification import Smoothing, one_hot, smooth
 from selfsup.methods.contract import Labels, ViewBatch
 from selfsup.schedules import Plan, Schedule
 
@@ -45,8 +48,10 @@ class BYOTOptions(Section):
     temperature: Annotated[float, Field(gt=0)] = 3.0
     feature_weight: NonNegative = 1e-4
     """lambda, of the squared distance between features (of an image, over all dimensions)."""
-    label_smoothing: Probability = 0.0
-    """eps: eps / K on every class, 1 - eps more on the right one."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Weight epsilon that the label gives up to the other classes."""
+    smoothing_form: Smoothing = "all"
+    """all: epsilon / K to each of the K classes, the label's included; others: epsilon / (K - 1) to each but the label's."""
 
 
 class BYOT(nn.Module):
@@ -66,6 +71,9 @@ class BYOT(nn.Module):
         head = nn.Linear(backbone.embed_dim, classes)
         layers = _exit_layers(backbone, options)
         exits = exits_for(backbone, layers, classes, options.width, options.norm)
+        self.classes = classes
+        self.mixer = Mixer(config.mix, config.seed, config.global_batch)
+        self.mixer.check(config.global_batch // (config.accumulate * dist.world()))
         self.student = ExitNetwork(backbone, head, exits, layers)
         self.random = key_stochastic_layers(self.student, config.seed)
         self.batch_statistics = any(isinstance(m, _BatchNorm) for m in self.student.modules())
@@ -75,30 +83,29 @@ class BYOT(nn.Module):
         return self._views
 
     def schedules(self, plan: Plan) -> dict[str, Schedule]:
-        """None of its own."""
-        return {}
+        """Whether images are mixed, if they are."""
+        return self.mixer.schedules(plan)
 
     def forward(self, batch: ViewBatch, s: Mapping[str, float]) -> dict[str, Tensor]:
         """See `contract.Method.forward`. images: global [V, B, C, S, S]."""
-        images, o = batch.images[0], self.options
-        labels = batch.labels.repeat(images.shape[0])  # [V * B]
-        keyed = contextlib.nullcontext() if self.random is None else self.random.at(batch.step, batch.keys(0))
-        with keyed:
-            features, logits = self.student(images.flatten(0, 1))  # an exit: [V*B, D], [V*B, classes]
-        parts = byot_loss(
-            logits,
-            features,
-            labels,
-            alpha=o.alpha,
-            temperature=o.temperature,
-            feature_weight=o.feature_weight,
-            label_smoothing=o.label_smoothing,
-        )
+        images, keys, o = batch.images[0], batch.keys(0), self.options  # keys [V*B]
+        views = images.shape[0]
+        images, targets = self.mixer(images, batch.labels, batch.positions, batch.step, self.encode, s.get("mix", 1.0))
+        with contextlib.nullcontext() if self.random is None else self.random.at(batch.step, keys):
+            features, logits = self.student(images.flatten(0, 1))  # an exit: [V*B, D], [V*B, K]
+        targets = targets.to(torch.promote_types(logits[-1].dtype, torch.float32)).repeat(views, 1)  # [V*B, K]
+        weights = {"alpha": o.alpha, "temperature": o.temperature, "feature_weight": o.feature_weight}
+        parts = byot_loss(logits, features, targets, **weights)
+        labels = batch.labels.repeat(views)  # [V*B]
         with torch.no_grad():
             right = [(z.argmax(dim=-1) == labels).float().mean() for z in logits]
         out = {"loss": parts.pop("loss"), "batch_top1": right.pop()}
         out |= {f"batch_top1_exit{i + 1}": value for i, value in enumerate(right)}
         return out | {f"{name}_loss": value.detach() for name, value in parts.items()}
+
+    def encode(self, labels: Tensor) -> Tensor:
+        """[B] -> what each label says of the classes, float64 [B, K]: smoothed."""
+        return smooth(one_hot(labels, self.classes).double(), self.options.label_smoothing, self.options.smoothing_form)
 
     def after_step(self, s: Mapping[str, float], ok: Tensor) -> None:
         """Nothing moves but by the optimizer."""

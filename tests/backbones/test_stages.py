@@ -11,7 +11,10 @@ from selfsup.config import BackboneConfig
 from selfsup.errors import UserError
 
 MORE = {
-    "resnetv2": ("resnetv2_50", {"layers": [1, 1, 1], "channels": [32, 48, 64], "stem_chs": 16, "norm_layer": "groupnorm1"}),
+    "resnetv2": (
+        "resnetv2_50",
+        {"layers": [1, 1, 1], "channels": [32, 48, 64], "stem_chs": 16, "norm_layer": "groupnorm1"},
+    ),
     "regnet": ("regnety_002", {}),
     "pvt": ("pvt_v2_b0", {}),
     "efficientnet": ("efficientnet_b0", {}),
@@ -31,7 +34,9 @@ def check(backbone: Backbone) -> None:
         whole, maps = backbone.forward_stages(images, layers)
         expected = backbone(images)
         assert torch.equal(whole.pooled, expected.pooled) and torch.equal(whole.patches, expected.patches)
-        assert all(torch.equal(a, b) for a, b in zip(maps, backbone.feature_maps(images, layers, norm=False), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(maps, backbone.feature_maps(images, layers, norm=False), strict=True)
+        )
         for layer in {0, depth // 2, depth - 2}:
             assert torch.equal(map_after(backbone, images, layer), maps[layer])
             cut = cut_after(copy.deepcopy(backbone), layer)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from matplotlib.image import imread
 
@@ -11,6 +12,7 @@ import selfsup
 from selfsup.config import load
 from selfsup.errors import UserError
 from selfsup.eval import exits
+from selfsup.exits import export_target
 from selfsup.methods.load import load_classifiers
 from tests.methods.tiny import TINY_RUN, tiny_config, write_images
 
@@ -57,6 +59,26 @@ def test_top1_is_that_of_the_classifiers(run: Path) -> None:
         with torch.no_grad():
             found = trained.classifiers[row["exit"]](x).argmax(-1)
         assert row["top1"] == pytest.approx((found == labels).double().mean().item())
+
+
+@torch.no_grad()
+def test_export_of_one_exit(run: Path, tmp_path: Path) -> None:
+    """`selfsup export RUN@exit2`: bit for bit the run's exit, without what is behind it; the deepest as timm's own model."""
+    trained = load_classifiers(run)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    said = export_target(str(run), "exit2", tmp_path / "exit2", "timm")
+    assert "largest difference to ours 0" in said
+    alone = selfsup.load_exit(tmp_path / "exit2")
+    assert torch.equal(alone(x), trained.classifiers["exit2"](x))
+    assert json.loads((tmp_path / "exit2" / "config.json").read_text())["selfsup_exit"]["label_names"][0] == "class_0"
+    assert not [key for key in alone.state_dict() if "layer3" in key or "layer4" in key]
+    export_target(str(run), "exit4", tmp_path / "exit4", "timm")
+    whole = timm.create_model(f"local-dir:{tmp_path / 'exit4'}", pretrained=True).eval()
+    assert torch.equal(whole(x), trained.classifiers["exit4"](x))
+    with pytest.raises(UserError, match="use --format onnx"):
+        export_target(str(run), "ensemble", tmp_path / "all", "timm")
+    with pytest.raises(UserError, match="did you mean exit4.*known: student, teacher, exit4, exit1"):
+        export_target(str(run), "exit5", tmp_path / "none", "timm")
 
 
 def test_cost_counts_what_an_exit_computes() -> None:

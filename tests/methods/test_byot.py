@@ -129,6 +129,16 @@ def test_options_are_heard(images: Path) -> None:
     assert [(s.in_dim, s.width, s.dim, s.norm) for s in shapes] == [(16, 12, 32, "layer"), (16, 12, 32, "layer")]
 
 
+def test_mixed_and_smoothed_labels(images: Path, tmp_path: Path) -> None:
+    """Both change the loss of the first step, which starts from the same weights and images."""
+    losses = []
+    for i, more in enumerate(([], ["method.label_smoothing=0.3"], ["mix=ricap"], ["mix=mixup", "mix.mixup_alpha=5"])):
+        config = config_for(images, "steps=1", "precision=fp32", *more)
+        selfsup.train(config, out=tmp_path / str(i), quiet=True)
+        losses += [line["loss"] for line in read_metrics(tmp_path / str(i) / "metrics.jsonl")]
+    assert len(set(losses)) == 4
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
