@@ -251,7 +251,7 @@ def report(
         return {}
     from . import confusion  # draws: not needed during training
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"classifier": name, **figures(a, val.labels, val.classes, settings.bins)}
         for name, a in measured.answers.items()
     ]
