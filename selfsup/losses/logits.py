@@ -9,7 +9,7 @@ from selfsup.losses.numerics import at_least, full_precision, same_shape
 
 def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
     """KL(q || p) a row, from logarithms [B, K] -> [B]; 0 log 0 is 0."""
-    return torch.where(log_q > -torch.inf, log_q.exp() * (log_q - log_p), 0).sum(-1)
+    return torch.where(log_q == -torch.inf, 0, log_q.exp() * (log_q - log_p)).sum(-1)  # what is not a number stays so
 
 
 @full_precision

@@ -251,3 +251,10 @@ def test_equals_timms_tasks(t: float) -> None:
             expected, (reference,) = value_and_gradients(theirs, (z,))
             torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
             torch.testing.assert_close(gradient, reference, rtol=1e-5, atol=1e-7)
+
+
+def test_what_is_not_a_number_stays_so():
+    """A batch that is broken must be seen in the loss, or its step would be taken."""
+    good, bad = torch.randn(3, 5), torch.full((3, 5), torch.nan)
+    for student, teacher in ((good, bad), (bad, good)):
+        assert soft_distillation(student, teacher, 2.0).isnan()
