@@ -171,9 +171,9 @@ def _cell(key: str, value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else "–" if value is None else str(value)
 
 
-def _by_classifier(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _by_classifier(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """A result for each classifier of one, for a table with a row each; [] for a result of something else."""
-    out = []
+    out: list[Mapping[str, Any]] = []
     count = result["protocol"].get("val_images", 0) - sum(result["protocol"].get("unreadable_left_out", {}).values())
     for row in result.get("settings") or []:
         if "classifier" not in row:
@@ -193,7 +193,7 @@ def show(result: Mapping[str, Any], out: Path | None = None, console: "Console |
         return
     console = console or Console()
     classifiers = _by_classifier(result)
-    console.print(table(classifiers or [result]))
+    console.print(table(classifiers if classifiers else [result]))
     extra = None if classifiers else settings_table(result)
     if extra is not None:
         console.print(extra)
