@@ -193,7 +193,7 @@ def show(result: Mapping[str, Any], out: Path | None = None, console: "Console |
         return
     console = console or Console()
     classifiers = _by_classifier(result)
-    console.print(table(classifiers or [result]))
+    console.print(table(classifiers if classifiers else [result]))
     extra = None if classifiers else settings_table(result)
     if extra is not None:
         console.print(extra)
