@@ -77,7 +77,7 @@ def test_export_of_one_exit(run: Path, tmp_path: Path) -> None:
     assert torch.equal(whole(x), trained.classifiers["exit4"](x))
     with pytest.raises(UserError, match="use --format onnx"):
         export_target(str(run), "ensemble", tmp_path / "all", "timm")
-    with pytest.raises(UserError, match="did you mean exit4.*known: student, teacher, exit4, exit1"):
+    with pytest.raises(UserError, match=r"did you mean exit4.*known: student, teacher, exit4, exit1"):
         export_target(str(run), "exit5", tmp_path / "none", "timm")
 
 
