@@ -98,11 +98,16 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, images: int) -> Path:
         y = [100 * row["top1"] for row in group]
         bars = [[100 * abs(row["top1"] - row["interval_95"][side]) for row in group] for side in (0, 1)]
         axes.errorbar(x, y, bars, color=colour, linestyle=line, marker="o", markersize=5, linewidth=1.4, capsize=2)
-        for row, a, b in zip(group, x, y):
-            text = f"{row['exit']}\n{b:.1f} %, {row['parameters'] / 1e6:.2f} M"
-            axes.annotate(text, (a, b), (7, -4), textcoords="offset points", va="top", fontsize=8, color=INK)
-    axes.set_xlim(left=0)
-    axes.margins(x=0.2, y=0.25)
+        for n, (row, a) in enumerate(zip(group, x)):  # labels above and below their bars in turn
+            above = n % 2 == 0
+            end = 100 * row["interval_95"][1 if above else 0]
+            text = f"{row['exit']}\n{100 * row['top1']:.1f} %, {row['parameters'] / 1e6:.2f} M"
+            side = "bottom" if above else "top"
+            axes.annotate(
+                text, (a, end), (0, 5 if above else -5), textcoords="offset points", va=side, ha="center", fontsize=8, color=INK
+            )
+    axes.set_xlim(0, 1.15 * max(row["flops"] for row in rows) / 1e6)
+    axes.margins(y=0.2)
     axes.set_xlabel("million operations an image (a multiplication and an addition are two)", fontsize=9, color=MUTED)
     axes.set_ylabel(f"top-1 on {images:,} images (%)", fontsize=9, color=MUTED)
     axes.spines[["top", "right"]].set_visible(False)
