@@ -102,14 +102,15 @@ def _head_tensors(own: nn.Module, model: nn.Module, backbone: Backbone) -> dict[
     for name, attribute in zip(names, ("head", "head_dist")):
         mine = getattr(own, attribute, None)
         theirs: Any = model.get_submodule(name)
-        # on a map of one cell a linear layer
+        # on a map of one cell a pointwise convolution is a linear layer
         pointwise = isinstance(theirs, nn.Conv2d) and theirs.kernel_size == (1, 1)
         if not isinstance(mine, nn.Linear) or not (isinstance(theirs, nn.Linear) or pointwise):
             kinds = f"{type(theirs).__name__} {name!r} of timm's {backbone.name}, {type(mine).__name__} here"
             raise NotAsTimm(f"both sides need a linear layer: {kinds}")
-        if theirs.weight.shape[:2] != mine.weight.shape or (theirs.bias is None) != (mine.bias is None):
+        shape = model.get_parameter(f"{name}.weight").shape
+        if shape[:2] != mine.weight.shape or (theirs.bias is None) != (mine.bias is None):
             raise NotAsTimm(f"{name!r} of timm's {backbone.name} has another shape than the head")
-        out[f"{name}.weight"] = mine.weight.detach().reshape(theirs.weight.shape)
+        out[f"{name}.weight"] = mine.weight.detach().reshape(shape)
         if mine.bias is not None:
             out[f"{name}.bias"] = mine.bias.detach()
     needed = model.state_dict().keys()
