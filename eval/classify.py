@@ -251,14 +251,12 @@ def report(
         return {}
     from . import confusion  # draws: not needed during training
 
-    rows = [
-        {"classifier": name, **figures(a, val.labels, val.classes, settings.bins)}
-        for name, a in measured.answers.items()
-    ]
+    measurements = {name: figures(a, val.labels, val.classes, settings.bins) for name, a in measured.answers.items()}
+    rows: list[dict[str, Any]] = [{"classifier": name, **found} for name, found in measurements.items()]
     name, first = next(iter(measured.answers.items()))
     seen = first.readable.numpy() > 0
     labels, predicted = val.labels[seen], first.predicted.numpy().astype(np.int64)[seen]
-    metrics = {k: v for k, v in rows[0].items() if k != "classifier"}
+    metrics = measurements[name]
     t = measured.transform
     said: dict[str, Any] = {
         "classifier": name,

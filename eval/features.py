@@ -162,19 +162,21 @@ def extract(
         "device": target.device.type,
     }
     facts = json.loads(json.dumps(facts))
-    key = {
-        "weights": target.checkpoint_hash,
-        "images": images.cache_key(),
-        **facts,
-        "versions": results.versions(),
-        "format": 1,
-    }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     token = _agree(secrets.randbits(48) + 1)
-    folder, temporary = _folder(target, settings, digest, token, scratch)
+    kept = _kept(target, settings, scratch)
+    key: dict[str, Any] = {}
+    if kept:  # a look at the images, which features that nobody looks for again can do without
+        key = {
+            "weights": target.checkpoint_hash,
+            "images": images.cache_key(),
+            **facts,
+            "versions": results.versions(),
+            "format": 1,
+        }
+    folder = kept / _digest(key) if kept else _passing(target, scratch) / f".selfsup-features-{token:012x}"
     found = FeatureFile(folder, facts)
     if dist.is_main():
-        if temporary:
+        if not kept:
             weakref.finalize(found, shutil.rmtree, folder, True)
         _make(folder, key)
     mask = _agree(sum(1 << i for i, r in enumerate(requests) if not _file(folder, r).is_file()) + 1) - 1
@@ -194,22 +196,32 @@ def _file(folder: Path, request: Request) -> Path:
     return folder / f"{request.name}.npy"
 
 
-def _folder(
-    target: Target, settings: FeatureSettings, digest: str, token: int, scratch: Path | None
-) -> tuple[Path, bool]:
-    """(where the files go, whether they are temporary)."""
+def _digest(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _kept(target: Target, settings: FeatureSettings, scratch: Path | None) -> Path | None:
+    """Where features are kept for the next evaluation of the same; None if they are not."""
+    if scratch is None and settings.cache and target.run is not None and os.access(target.run, os.W_OK):
+        return target.run / "eval" / "features"
+    return None
+
+
+def _passing(target: Target, scratch: Path | None) -> Path:
+    """A folder that all ranks see, for features that are not kept."""
+    if scratch is not None:
+        return scratch
+    if dist.env_world()[1] == dist.env_world()[3]:  # one host
+        return Path(tempfile.gettempdir())
     in_run = target.run is not None and os.access(target.run, os.W_OK)
-    if target.run is not None and in_run and settings.cache and scratch is None:
-        return target.run / "eval" / "features" / digest[:24], False
-    one_host = dist.env_world()[1] == dist.env_world()[3]
-    base = scratch or (Path(tempfile.gettempdir()) if one_host else target.run if in_run and target.run else Path.cwd())
-    return base / f".selfsup-features-{token:012x}", True
+    return target.run if in_run and target.run else Path.cwd()
 
 
 def _make(folder: Path, key: dict[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        results.write(key, folder / "key.json")
+        if key:
+            results.write(key, folder / "key.json")
     except OSError as error:
         raise UserError(
             f"{folder}: features cannot be written: {error.strerror}; make room, or use cache=false"

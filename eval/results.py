@@ -139,7 +139,7 @@ def table(results: Iterable[Mapping[str, Any]], title: str | None = None) -> "Ta
                 low, high = protocol["top1_interval_95"]
                 text += f" [dim]({100 * low:.1f}–{100 * high:.1f})[/dim]"
             rows.setdefault(escape(item["target"]["name"]), {})[column] = text
-    columns.sort(key=lambda column: (column[0], column[1]))
+    columns.sort(key=lambda column: (column[0], not column[1].startswith("top"), column[1]))
     out = Table(title=title, caption="in % (95 % interval)", caption_justify="left")
     out.add_column("target", overflow="fold")
     for task, name in columns:
@@ -171,9 +171,9 @@ def _cell(key: str, value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else "–" if value is None else str(value)
 
 
-def _by_classifier(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _by_classifier(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """A result for each classifier of one, for a table with a row each; [] for a result of something else."""
-    out = []
+    out: list[Mapping[str, Any]] = []
     count = result["protocol"].get("val_images", 0) - sum(result["protocol"].get("unreadable_left_out", {}).values())
     for row in result.get("settings") or []:
         if "classifier" not in row:
@@ -193,7 +193,7 @@ def show(result: Mapping[str, Any], out: Path | None = None, console: "Console |
         return
     console = console or Console()
     classifiers = _by_classifier(result)
-    console.print(table(classifiers or [result]))
+    console.print(table(classifiers if classifiers else [result]))
     extra = None if classifiers else settings_table(result)
     if extra is not None:
         console.print(extra)

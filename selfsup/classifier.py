@@ -67,7 +67,7 @@ def export_classifier(module: nn.Module, out_dir: str | Path, label_names: Seque
     a `head_dist` as well. The same weights give the same bytes. Returns the folder. Raises NotAsTimm where timm has no
     such model, or computes something else with it; UserError if the folder cannot be written.
     """
-    own = copy.deepcopy(module).to("cpu", torch.float32, memory_format=torch.contiguous_format)
+    own = copy.deepcopy(module).to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
     backbone = getattr(own, "backbone", None)
     head = getattr(own, "head", None)
     if not isinstance(backbone, Backbone) or not isinstance(head, nn.Linear):
@@ -165,8 +165,9 @@ def _classes(recorded: dict[str, Any]) -> int:
 
 def _names(recorded: dict[str, Any], classes: int) -> list[str] | None:
     names = recorded.get("label_names") or _cfg(recorded).get("label_names")
-    usable = isinstance(names, (list, tuple)) and len(names) == classes
-    return [str(name) for name in names] if usable else None
+    if not isinstance(names, (list, tuple)) or len(names) != classes:
+        return None
+    return [str(name) for name in names]
 
 
 def _cfg(recorded: dict[str, Any]) -> dict[str, Any]:

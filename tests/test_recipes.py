@@ -87,3 +87,61 @@ def test_distill_resnet50_is_the_published_recipe() -> None:
     assert length.steps == pytest.approx(120 * IMAGENET / 1024, abs=1)
     assert rate["lr"](round(5 * IMAGENET / 1024) - 1) == pytest.approx(0.4)
     assert rate["lr"](length.steps) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_deit_small_is_the_published_recipe() -> None:
+    """Touvron et al., 2021, table 9 and main.py: 300 epochs of 1024, AdamW at 0.0005 x batch / 512, cosine from 5 epochs."""
+    config = methods.complete(load("deit_small"))
+    length = schedules.plan(config, IMAGENET)
+    rate = schedules.optimizer_schedules(config, length)
+    assert config.backbone.name == "deit_small_patch16_224" and config.backbone.options["drop_path_rate"] == 0.1
+    assert length.steps == pytest.approx(300 * IMAGENET / 1024, abs=1)
+    assert rate["lr"](round(5 * IMAGENET / 1024) - 1) == pytest.approx(0.0005 * 1024 / 512)
+    assert rate["lr"](length.steps) == pytest.approx(1e-5)
+    assert {rate["wd"](0), rate["wd"](length.steps)} == {0.05} and config.optimizer.clip is None
+    assert (config.mix.name, config.mix.mixup_alpha, config.mix.cutmix_alpha, config.mix.switch) == (
+        *("mixup+cutmix", 0.8, 1.0, 0.5),
+    )
+    crops = config.views.global_
+    assert (crops.count, crops.size, crops.scale, crops.interpolation) == (1, 224, (0.08, 1.0), "bicubic")
+    assert (crops.policy, crops.policy_ops, crops.policy_magnitude) == ("randaugment", 2, 9)
+    assert (crops.erase, crops.erase_fill, crops.hflip, crops.jitter) == (0.25, "noise", 0.5, 0.0)
+    options = config.method.options
+    assert (options["label_smoothing"], options["smoothing_form"], options["ema"]) == (0.1, "all", 0.99996)
+    assert options["loss"] == "softmax" and config.views.local.count == 0
+
+
+def test_resnet50_tricks_is_the_paper() -> None:
+    """He et al., 2019: sections 2.1, 3.1, 5.1, 5.2 and 5.4, and each trick off again by its own key."""
+    config = methods.complete(load("resnet50_tricks"))
+    length = schedules.plan(config, IMAGENET)
+    rate = schedules.optimizer_schedules(config, length)
+    o, crops = config.optimizer, config.views.global_
+    assert (o.name, o.nesterov, o.momentum, o.weight_decay, o.decay_all) == ("sgd", True, 0.9, 1e-4, False)
+    assert rate["lr"](round(5 * IMAGENET / 1024) - 1) == pytest.approx(0.4)
+    assert rate["lr"](length.steps) == 0 and length.steps == pytest.approx(200 * IMAGENET / 1024, abs=1)
+    assert (config.mix.name, config.mix.mixup_alpha) == ("mixup", 0.2)
+    assert (config.method.options["label_smoothing"], config.method.options["smoothing_form"]) == (0.1, "others")
+    assert config.backbone.name == "resnet50d" and config.backbone.options["zero_init_last"] is True
+    assert (crops.scale, crops.jitter, crops.brightness, crops.lighting) == ((0.08, 1.0), 1.0, 0.4, 0.1)
+    step = ["optimizer.schedule=step", "optimizer.milestones=[30 epochs,60 epochs,90 epochs]"]
+    off = ["mix=none", "method.label_smoothing=0", "backbone=resnet50", "optimizer.lr=0.1", "optimizer.warmup=0 epochs"]
+    baseline = methods.complete(load("resnet50_tricks", [*off, *step, "global_batch=256", "epochs=120"]))
+    length = schedules.plan(baseline, IMAGENET)
+    rate = schedules.optimizer_schedules(baseline, length)
+    epoch = IMAGENET / 256
+    found = [rate["lr"](round(e * epoch)) for e in (0, 29, 31, 61, 91)]
+    assert found == pytest.approx([0.1, 0.1, 0.01, 0.001, 0.0001])
+
+
+def test_scaling_vit_is_the_paper() -> None:
+    """Zhai et al., 2022: warm-up, constant, linear cool-down to zero; the head's decay a hundred times the trunk's."""
+    config = methods.complete(load("scaling_vit"))
+    length = schedules.plan(config, IMAGENET)
+    rate = schedules.optimizer_schedules(config, length)
+    assert rate["lr"](5_000) == pytest.approx(0.0004, rel=1e-3)
+    assert [rate["lr"](s) for s in (10_000, 300_000, 449_999)] == pytest.approx([0.0008] * 3, rel=1e-3)
+    assert rate["lr"](475_000) == pytest.approx(0.0004, rel=1e-3) and rate["lr"](500_000) == 0
+    assert (rate["wd"](9), rate["wd_head"](9)) == (0.03, 3.0) and config.optimizer.name == "adafactor"
+    assert config.backbone.options["global_pool"] == "map" and config.backbone.options["class_token"] is False
+    assert (config.method.options["loss"], config.method.options["sum_classes"]) == ("sigmoid", True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
+from timm.layers import Format, Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -63,7 +63,7 @@ def embed(model: VisionTransformer, images: Sequence[Tensor], cls: bool) -> list
     tokens: list[Tensor] = []
     spans: list[Span] = []
     for x in images:
-        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))  # [B, T, D]
+        x = model.norm_pre(model.patch_drop(model._pos_embed(_patches(model.patch_embed, x))))  # [B, T, D]
         spans.append((x.shape[0], x.shape[1]))
         tokens.append(x.flatten(0, 1))
     x = torch.cat(tokens) if len(tokens) > 1 else tokens[0]  # [N, D]
@@ -76,6 +76,23 @@ def embed(model: VisionTransformer, images: Sequence[Tensor], cls: bool) -> list
         pooled: Tensor = model.forward_head(model.norm(x)[:, None])
         return list(pooled.split([n for n, _ in spans]))
     return [model.forward_head(model.norm(part)) for part in _images(x, spans)]
+
+
+def _patches(embed: PatchEmbed, x: Tensor) -> Tensor:
+    """embed(x) of [B, C, H, W]: a convolution whose windows do not overlap is a linear layer over patches.
+
+    On a CPU forward and backward take a fifth of the convolution's time in bfloat16, and less in float32 too.
+    """
+    proj, (ph, pw) = embed.proj, embed.patch_size
+    as_map = embed.output_fmt == Format.NHWC  # what models of any image size ask for
+    plain = type(proj) is nn.Conv2d and proj.kernel_size == proj.stride == (ph, pw) and (as_map or embed.flatten)
+    fits = not embed.dynamic_img_pad and not (embed.strict_img_size and tuple(x.shape[2:]) != tuple(embed.img_size))
+    if not (plain and fits):
+        return embed(x)
+    x = x.unflatten(3, (-1, pw)).unflatten(2, (-1, ph))  # [B, C, h, ph, w, pw]
+    x = x.permute(0, 2, 4, 1, 3, 5).flatten(3)  # [B, h, w, C*ph*pw]
+    x = F.linear(x, proj.weight.flatten(1), proj.bias)  # [B, h, w, D]
+    return embed.norm(x if as_map else x.flatten(1, 2))
 
 
 def _images(x: Tensor, spans: list[Span]) -> list[Tensor]:

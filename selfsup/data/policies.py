@@ -2,8 +2,8 @@
 
 Cubuk et al., 2019, "AutoAugment: Learning Augmentation Policies from Data"; Cubuk et al., 2020, "RandAugment: Practical
 Automated Data Augmentation with a Reduced Search Space"; Mueller and Hutter, 2021, "TrivialAugment: Tuning-free Yet
-State-of-the-Art Data Augmentation" (its "Wide" space). torchvision's classes work on PIL images, whose operations are whole
-numbers on one thread, so that every machine gets the same bits.
+State-of-the-Art Data Augmentation" (its "Wide" space, which moves by up to 32 pixels: of smaller crops that may leave
+nothing). torchvision's classes work on PIL images, so that the number of threads changes nothing.
 
 They draw from torch's global generator. It is seeded for each crop, from (seed, epoch, image, view) alone, and its state is
 put back after the batch. Measured once, on a busy core of an AMD EPYC (Zen 4): seeding takes 7 microseconds a crop, the policy

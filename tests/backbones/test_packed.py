@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import PatchEmbed
 from torch import nn
 
 from selfsup.backbones import Backbone, create_backbone, lean, packed
@@ -128,6 +129,35 @@ def test_patched_hooked_or_convolutional_models_keep_their_own_forward() -> None
     net = create_backbone(BackboneConfig(name="resnet10t"), mean=(0.5,) * 3, std=(0.5,) * 3)
     net.shortcuts = frozenset({"packed", "cls"})
     assert not packed.fits(net.model) and len(net.embed([torch.randn(2, 3, 32, 32), torch.randn(2, 3, 64, 64)])) == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"output_fmt": "NHWC", "strict_img_size": False},
+        {"norm_layer": nn.LayerNorm, "bias": False},
+        {"flatten": False},
+        {"dynamic_img_pad": True, "strict_img_size": False},
+    ],
+    ids=str,
+)
+def test_patches_are_the_convolutions(options: dict[str, Any]) -> None:
+    """Of rectangles too; what is no list of plain patches is left to timm."""
+    torch.manual_seed(0)
+    embed = PatchEmbed(img_size=(16, 24), patch_size=(8, 4), embed_dim=10, **options).double()
+    size = (15, 23) if "dynamic_img_pad" in options else (16, 24)
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    found = []
+    for function in (embed, lambda x: packed._patches(embed, x)):
+        y = function(x)
+        gradients = torch.autograd.grad(y.sin().sum(), [x, *embed.parameters()])
+        found.append([y, *gradients])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    if embed.strict_img_size:
+        with pytest.raises(AssertionError, match="doesn't match model"):
+            packed._patches(embed, torch.zeros(2, 3, 24, 24, dtype=torch.float64))
 
 
 def test_wrong_sizes_are_named() -> None:

@@ -60,7 +60,7 @@ def test_embedding_map_with_and_without_labels(tmp_path: Path):
     b = pictures.embedding_map(features, np.arange(40) % 3, ["0_x", "1_y", "2_z"], tmp_path / "b.png")
     c = pictures.embedding_map(features, np.arange(40), None, tmp_path / "c.png")  # too many classes for a legend
     assert all(pixels(p).std() > 5 for p in (a, b, c))
-    assert pictures.class_name(["0_x", "1_y"], 1) == "y" and pictures._class_name(["cat", "1_y"], 1) == "1_y"
+    assert pictures.class_name(["0_x", "1_y"], 1) == "y" and pictures.class_name(["cat", "1_y"], 1) == "1_y"
     assert pictures.class_name(None, 4) == "4"
 
 

@@ -63,7 +63,6 @@ METHOD_OPTIONS = {
     ],
     "supervised": [
         "method.label_smoothing=0.1",
-        "method.head_dropout=0.2",
         "method.ema=0.9",
         "method.consistency=1.0",
         "method.consistency_warmup=0 steps",
