@@ -185,7 +185,8 @@ def _tricks() -> list[Row]:
             title = "+ bf16 (this row alone: on CPUs it is no faster at this size)"
             rows.append(Row("low_precision", "tricks", title, {**options, "precision": "bf16"}, name))
         before = name
-    distilled = {k: v for k, v in options.items() if k != "method.smoothing_form"} | {
+    distilled = {
+        **options,
         "method.name": "distill",
         "method.temperature": 20.0,
         "method.losses.ce": 1.0,

@@ -104,7 +104,14 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, images: int) -> Path:
             text = f"{row['exit']}\n{100 * row['top1']:.1f} %, {row['parameters'] / 1e6:.2f} M"
             side = "bottom" if above else "top"
             axes.annotate(
-                text, (a, end), (0, 5 if above else -5), textcoords="offset points", va=side, ha="center", fontsize=8, color=INK
+                text,
+                (a, end),
+                (0, 5 if above else -5),
+                textcoords="offset points",
+                va=side,
+                ha="center",
+                fontsize=8,
+                color=INK,
             )
     axes.set_xlim(0, 1.15 * max(row["flops"] for row in rows) / 1e6)
     axes.margins(y=0.2)

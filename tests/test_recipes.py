@@ -73,6 +73,22 @@ def test_dino_resnet50_is_the_published_recipe() -> None:
     assert config.views.global_.blur == (1.0, 0.1) and config.views.local.count == 8
 
 
+def test_distill_resnet50_is_the_published_recipe() -> None:
+    """He et al., 2019, section 5.3 and table 6: T = 20, weights 1 and 1, on top of cosine decay and label smoothing."""
+    config = methods.complete(load("distill_resnet50"))
+    length = schedules.plan(config, IMAGENET)
+    rate = schedules.optimizer_schedules(config, length)
+    options = config.method.options
+    assert {k: v for k, v in options["losses"].items() if v} == {"ce": 1.0, "soft": 1.0} and options[
+        "temperature"
+    ] == 20
+    assert (options["label_smoothing"], options["smoothing_form"]) == (0.1, "others")
+    assert config.backbone.name == "resnet50d" and str(config.teacher.path).startswith("resnet152d")
+    assert length.steps == pytest.approx(120 * IMAGENET / 1024, abs=1)
+    assert rate["lr"](round(5 * IMAGENET / 1024) - 1) == pytest.approx(0.4)
+    assert rate["lr"](length.steps) == pytest.approx(0.0, abs=1e-9)
+
+
 def test_deit_small_is_the_published_recipe() -> None:
     """Touvron et al., 2021, table 9 and main.py: 300 epochs of 1024, AdamW at 0.0005 x batch / 512, cosine from 5 epochs."""
     config = methods.complete(load("deit_small"))
