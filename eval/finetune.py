@@ -92,7 +92,7 @@ def compose(target: Target, settings: FinetuneSettings, pair: LabelledPair) -> C
     options = {k: v for k, v in backbone.options.items() if k not in ("num_classes", "in_chans")}
     if "img_size" in options:
         options["img_size"] = size  # positions are resampled when the weights are loaded
-    base = {
+    base: dict[str, Any] = {
         "backbone": {
             "name": backbone.name,
             "pos_interp": backbone.pos_interp,
