@@ -104,6 +104,8 @@ def compose(target: Target, settings: FinetuneSettings, pair: LabelledPair) -> C
         "seed": settings.seed,
         "device": settings.device,
     }
+    if target.config is not None:
+        base["precision"] = target.config.precision
     data: dict[str, Any] = {
         "path": pair.train.spec,
         "mean": backbone.mean,
