@@ -92,7 +92,7 @@ def compose(target: Target, settings: FinetuneSettings, pair: LabelledPair) -> C
     options = {k: v for k, v in backbone.options.items() if k not in ("num_classes", "in_chans")}
     if "img_size" in options:
         options["img_size"] = size  # positions are resampled when the weights are loaded
-    base = {
+    base: dict[str, Any] = {
         "backbone": {
             "name": backbone.name,
             "pos_interp": backbone.pos_interp,
@@ -104,6 +104,8 @@ def compose(target: Target, settings: FinetuneSettings, pair: LabelledPair) -> C
         "seed": settings.seed,
         "device": settings.device,
     }
+    if target.config is not None:
+        base["precision"] = target.config.precision
     data: dict[str, Any] = {
         "path": pair.train.spec,
         "mean": backbone.mean,
