@@ -12,6 +12,7 @@ from benchmarks import compare, counts, growth, loader, measure_growth, photogra
 from benchmarks.case import CASES, Case
 from benchmarks.features import timed
 from benchmarks.sides import Machine
+from selfsup.data.views import P
 
 TINY = {
     "linear": {"images": 4, "classes": 2, "rates": 2, "backbone": "vit_tiny_patch16_224", "size": 224},
@@ -93,7 +94,7 @@ def test_draws_of_torchvision_are_recorded_and_made_again(tmp_path: Path, monkey
     ours.run(1)
     assert loader.differ(options, ours.answer(said), said) == ""
     moved = dict(said)
-    moved["global_params"] = said["global_params"] + torch.eye(14)[0] * 3  # boxes three pixels to the right
+    moved["global_params"] = said["global_params"] + torch.eye(P)[0] * 3  # boxes three pixels to the right
     assert "levels" in loader.differ(options, ours.answer(moved), said)
 
 

@@ -34,7 +34,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 
 class BYOTOptions(Section):
-    """Options of BYOT; the weights' defaults are those of the published code, per image."""
+    """Options of BYOT; the defaults of the weights are of the size used in public reimplementations, per image."""
 
     exits: tuple[int, ...] | None = None
     """Layers (stages of a pyramid, blocks of a ViT) after which there is an exit, beside the deepest one. Default: every
