@@ -112,8 +112,9 @@ def _resolve(word: str, base: Config, option: str) -> str:
         raise UserError(f"--sweep {one_line(option)}: {word} may be {' or '.join(ends)}; write it in full")
     if not ends:
         hint = configuration.suggest(word, [*known, *(full.rpartition(".")[2] for full in known)])
-        hint = hint or "; options that the recipe does not give are written in full, as in method.NAME"
-        raise UserError(f"--sweep {one_line(option)}: no recipe has a key {word!r}{hint}")
+        rest = "ptions that the recipe does not give are written in full, as in method.NAME"
+        rest = f"{hint} O{rest}" if hint else f"; o{rest}"
+        raise UserError(f"--sweep {one_line(option)}: no recipe has a key {word!r}{rest}")
     return ends[0]
 
 
