@@ -68,6 +68,14 @@ def cooled_down(first: Schedule, end: float, steps: int, cooldown: int) -> Sched
     return lambda step: first(step) if step < begin else linear(first(begin), end, cooldown)(step - begin)
 
 
+def averaging(momentum: float) -> Schedule:
+    """Of averaged weights: the true mean of all so far, until the exponential one with `momentum` is the more correct.
+
+    min(1 - 1 / (step + 1), momentum), as in the published code of Tarvainen & Valpola, 2017.
+    """
+    return lambda step: min(1 - 1 / (step + 1), momentum)
+
+
 @dataclass(frozen=True)
 class Plan:
     """How long a run is, in every unit."""

@@ -7,6 +7,7 @@ from selfsup.config import load
 from selfsup.errors import UserError
 from selfsup.schedules import (
     Plan,
+    averaging,
     constant,
     cooled_down,
     cosine,
@@ -204,3 +205,10 @@ def test_pieces() -> None:
     assert [cooled_down(constant(4.0), 0.0, 4, 2)(s) for s in range(6)] == [4, 4, 4, 2, 0, 0]
     assert cooled_down(constant(4.0), 0.0, 4, 0)(99) == 4
     assert [warmed_up(constant(4.0), 1.0, 4.0, 1)(s) for s in range(2)] == [1, 4]
+
+
+def test_averaging_begins_as_the_mean_of_all() -> None:
+    """0, 1/2, 2/3, ... until the momentum is smaller."""
+    momentum = averaging(0.9)
+    assert [momentum(step) for step in (0, 1, 2, 8)] == pytest.approx([0, 1 / 2, 2 / 3, 8 / 9])
+    assert momentum(9) == momentum(10_000) == 0.9

@@ -31,7 +31,7 @@ from selfsup.methods.outputs import Wanted
 from selfsup.methods.teacher_cache import TeacherCache, ask, open_cache
 from selfsup.methods.teacher_sources import open_teacher
 from selfsup.methods.teachers import check_ranks, keep_sha256
-from selfsup.schedules import Plan, Schedule
+from selfsup.schedules import Plan, Schedule, averaging
 
 
 class DeiTOptions(Section):
@@ -147,7 +147,7 @@ class DeiT(nn.Module):
         """Momentum of the average; when mixing stops."""
         out = self.mixer.schedules(plan)
         if (momentum := self.options.ema) is not None:
-            out["momentum"] = lambda step: min(1 - 1 / (step + 1), momentum)  # as in `supervised`
+            out["momentum"] = averaging(momentum)
         return out
 
     def forward(self, batch: ViewBatch, s: Mapping[str, float]) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ from selfsup.methods.teacher_cache import TeacherCache, ask, open_cache
 from selfsup.methods.teacher_sources import open_teacher
 from selfsup.methods.teachers import check_ranks, keep_sha256
 from selfsup.randomness import mix
-from selfsup.schedules import Plan, Schedule
+from selfsup.schedules import Plan, Schedule, averaging
 
 _TAKEN = ("student", "teacher", "head", "ema")
 
@@ -215,8 +215,7 @@ class Distill(nn.Module):
         """Momentum of the averages; when mixing stops."""
         out = self.mixer.schedules(plan)
         if (momentum := self.options.ema) is not None:
-            # the true mean of all weights so far, until the exponential one is more correct (Tarvainen & Valpola's code)
-            out["momentum"] = lambda step: min(1 - 1 / (step + 1), momentum)
+            out["momentum"] = averaging(momentum)
         return out
 
     def forward(self, batch: ViewBatch, s: Mapping[str, float]) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from selfsup.errors import UserError
 from selfsup.losses.classification import Smoothing, binary_cross_entropy, one_hot, smooth, soft_cross_entropy
 from selfsup.losses.numerics import at_least_float32
 from selfsup.methods.contract import Labels, ViewBatch
-from selfsup.schedules import Plan, Schedule
+from selfsup.schedules import Plan, Schedule, averaging
 
 
 class SupervisedOptions(Section):
@@ -101,9 +101,7 @@ class Supervised(nn.Module):
         """Whether images are mixed, momentum of the average, weight of the mean teacher's loss: those that are on."""
         out, o = self.mixer.schedules(plan), self.options
         if o.ema is not None:
-            # the true mean of all weights so far, until the exponential one is more correct (Tarvainen & Valpola's code)
-            momentum = o.ema
-            out["momentum"] = lambda step: min(1 - 1 / (step + 1), momentum)
+            out["momentum"] = averaging(o.ema)
         if o.consistency:
             out["consistency"] = ramp_up(o.consistency, plan.steps_of(o.consistency_warmup))
         return out
