@@ -4,8 +4,9 @@
                                  [--jobs 2] [--work DIR] [--json FILE]
 
 The rows are in `distill_rows.py`: a recipe and what differs from it. Every run is `selfsup train`, with the evaluation at its
-end, in a process of its own with one thread, forked from one that has imported the libraries; `--jobs` of them at a time. What has run is in the JSON and is not run again,
-unless its row, the data or the budget have changed; the table, in Markdown as well, and the picture are made from it.
+end, in a process of its own with one thread, forked from one that has imported the libraries; `--jobs` of them at a time.
+What has run is in the JSON and is not run again, unless its row, the data or the budget have changed; the table, in Markdown
+as well, and the picture are made from it.
 
 fashion: all 60,000 and 10,000 images, where /usr/share/datasets/fashion-mnist has them; demo: the bundled 10,000 and 2,000.
 The budget is steps of 128 images, the same for every row (one with larger batches takes fewer); or seconds, for which each
