@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as td
+import torch.distributed.nn.functional
 from torch import Tensor, nn
 
 from selfsup.errors import DiskError, UserError
@@ -106,6 +107,17 @@ def all_gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(world())]
     td.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
+
+
+def all_gather_with_grad(tensor: Tensor) -> Tensor:
+    """`all_gather` that is differentiated: a rank's part gets the sum of what every rank's loss says of it.
+
+    Gradients are averaged over ranks (`GradientReducer`): let each rank's loss be the mean over its own anchors, and the
+    average is the gradient of the mean over all of them, as one process would compute it.
+    """
+    if not td.is_initialized():
+        return tensor
+    return torch.cat(torch.distributed.nn.functional.all_gather(tensor.contiguous()))
 
 
 def agree(value: int) -> int:

@@ -306,6 +306,7 @@ def _to_device(batch: Batch, run: Run) -> ViewBatch:
         step=run.step,
         global_batch=run.config.global_batch,
         rows=None if batch.draws is None else (batch.ids, batch.draws),
+        places=batch.positions,
     )
 
 

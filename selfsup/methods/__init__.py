@@ -47,6 +47,12 @@ def complete(config: Config) -> Config:
             f"teacher={config.teacher.path}: method={config.method.name} learns from no other network; leave it out, or use "
             "method=distill"
         )
+    reason = getattr(kind, "whole_batch", None)
+    if reason is not None and config.accumulate > 1:
+        raise UserError(
+            f"accumulate={config.accumulate}: method={config.method.name} {reason}; leave it at 1: use more processes, or a "
+            "smaller global_batch"
+        )
     options = validate(kind.Options, config.method.options, where="configuration", prefix="method.")
     section = MethodConfig(name=config.method.name, **options.model_dump(mode="json"))
     return config.model_copy(update={"method": section})

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +31,12 @@ class ViewBatch:
     rows: tuple[Tensor, Tensor] | None = None
     """On the host, int64 [B] each: `ids`, and the epochs that the augmentation is drawn for. For what is kept by image
     without asking the device; None where nothing may be kept, as when a refused step is computed again."""
+    places: Tensor | None = None
+    """`positions` on the host, for what is drawn there; None: ask for them with `on_host`."""
+
+    def on_host(self) -> np.ndarray:
+        """`positions` as int64 [B], without waiting for the device if the trainer has made the batch."""
+        return (self.positions.cpu() if self.places is None else self.places).numpy()
 
     def keys(self, kind: int, first_view: int = 0) -> Tensor:
         """A number for each image of `images[kind]`, flattened [views * B], unique in the global batch.
@@ -67,6 +74,7 @@ class Method(Protocol):
         ...
 
     # A method may have, besides (the trainer asks whether it does):
+    #   whole_batch = "why"      its loss is of all images of a step at once: accumulate > 1 is refused, for this reason
     #   takes_teacher = True     `teacher=...` is for it, and a module given to `selfsup.train(teacher=...)` is its third argument
     #   bind(source, views)      called once before the first step, on every rank, with the data and the views in use
     #   classifiers_from(config, state)     class method: `classifiers` of a checkpoint, in eval mode, without the teacher

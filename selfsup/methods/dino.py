@@ -5,21 +5,18 @@ student learns to give every crop the distribution over prototypes that the teac
 image. Centring and sharpening of the teacher's output keep it from collapsing. Algorithm 1 of the paper, in full.
 """
 
-import contextlib
 import copy
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from selfsup import dist
-from selfsup.backbones import Backbone, create_backbone
-from selfsup.backbones.stochastic import key_stochastic_layers, strip_stochastic_layers
+from selfsup.backbones import Backbone
+from selfsup.backbones.stochastic import key_stochastic_layers
 from selfsup.config import Config, Duration, Positive, Probability, Section
 from selfsup.data.views import View, multicrop
 from selfsup.ema import ema_update
@@ -29,6 +26,7 @@ from selfsup.losses.dino import dino_loss, teacher_health, teacher_probabilities
 from selfsup.losses.numerics import at_least_float32
 from selfsup.losses.prototypes import prototype_loss
 from selfsup.methods.contract import Labels, ViewBatch
+from selfsup.methods.network import Network, build_backbone, embed_views, has_batch_statistics, momentum_copy, spread
 from selfsup.schedules import Plan, Schedule, cosine, linear
 
 Temperature = Annotated[float, Field(gt=0)]
@@ -58,15 +56,6 @@ class DINOOptions(Section):
     """The prototypes keep their initial values for this long."""
 
 
-class Network(nn.Module):
-    """Backbone and head."""
-
-    def __init__(self, backbone: Backbone, head: DINOHead) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = head
-
-
 class DINO(nn.Module):
     """Student, teacher and centre."""
 
@@ -88,12 +77,7 @@ class DINO(nn.Module):
                 "DINO compares different views; give at least one global view and two in all"
             )
 
-        backbone = create_backbone(
-            config.backbone, mean=config.mean, std=config.std, input_size=config.views.global_.size
-        )
-        for crops in (config.views.global_, config.views.local):
-            if crops.count:
-                backbone.check_size(crops.size)
+        backbone = build_backbone(config)
         head = DINOHead(
             backbone.embed_dim,
             options.out_dim,
@@ -103,13 +87,11 @@ class DINO(nn.Module):
             batch_norm=options.head_batch_norm,
             norm_last_layer=options.norm_last_layer,
         )
-        self.shortcuts = backbone.shortcuts = frozenset(config.shortcuts)
+        self.shortcuts = backbone.shortcuts
         self.student = Network(backbone, head)
-        self.teacher = copy.deepcopy(self.student)
-        strip_stochastic_layers(self.teacher)  # the teacher drops nothing
-        self.teacher.requires_grad_(False)
+        self.teacher = momentum_copy(self.student)
         self.random = key_stochastic_layers(self.student, config.seed)
-        self.batch_statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.student.modules())
+        self.batch_statistics = has_batch_statistics(self.student)
 
         self.register_buffer("center", torch.zeros(options.out_dim))
         # the teacher's outputs of the step so far: the centre moves once a step, over the whole global batch
@@ -143,13 +125,8 @@ class DINO(nn.Module):
             self.batch_sum += t.sum(dim=(0, 1))
             self.batch_count += t.shape[0] * t.shape[1]
 
-        seen = [0, *itertools.accumulate(images.shape[0] for images in batch.images)]
-        pooled = self.student.backbone.embed(  # [views*B, D] a size
-            [images.flatten(0, 1) for images in batch.images],
-            [batch.keys(kind, seen[kind]) for kind in range(len(batch.images))],
-            lambda keys: contextlib.nullcontext() if self.random is None else self.random.at(batch.step, keys),
-        )
-        x = self.student.head.bottleneck(torch.cat(pooled)).unflatten(0, (views, size))  # [V, B, bottleneck]
+        pooled = embed_views(self.student.backbone, batch, self.random)  # [views*B, D]
+        x = self.student.head.bottleneck(pooled).unflatten(0, (views, size))  # [V, B, bottleneck]
         frozen, temperature = s["freeze_last_layer"] > 0, self.options.student_temp
         prototypes = self.student.head.last_layer
         if "prototypes" in self.shortcuts and not prototypes._forward_hooks:  # whoever watches it wants it called
@@ -159,14 +136,12 @@ class DINO(nn.Module):
 
         with torch.no_grad():
             entropy, information = teacher_health(q)
-            unit = F.normalize(at_least_float32(pooled[0]), dim=-1)  # [G*B, D]
-            spread = unit.std(dim=0).mean() * unit.shape[1] ** 0.5
         return {
             "loss": loss,
             "health/teacher_entropy": entropy,
             "health/information": information,
             "health/kl": loss.detach() - entropy * math.log(q.shape[-1]),
-            "health/feature_std": spread,
+            "health/feature_std": spread(pooled[: self.global_views * size]),
         }
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """What every method must fulfil: one test for all of them, parametrised over the table of names."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -161,3 +162,18 @@ def test_two_processes_equal_one(name: str, images: Path, tmp_path: Path) -> Non
     lines = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("one", "two")]
     assert [line["step"] for line in lines[1]] == [1, 2, 3, 4]
     assert [x["loss"] for x in lines[1]] == pytest.approx([x["loss"] for x in lines[0]], rel=1e-5)
+
+
+def test_accumulation_is_the_large_batch(name: str, images: Path, tmp_path: Path) -> None:
+    """Two micro-batches of four: the losses of one of eight (float32); or it is refused, and the message says why."""
+    config = tiny_config(name, f"data={images}", "precision=fp32", "steps=4")
+    halved = tiny_config(name, f"data={images}", "precision=fp32", "steps=4", "accumulate=2")
+    kind = methods.find(methods.METHODS[name])
+    if hasattr(kind, "whole_batch"):
+        with pytest.raises(selfsup.UserError, match=re.escape(kind.whole_batch)):
+            selfsup.train(halved, out=tmp_path / "halved", quiet=True)
+        return
+    selfsup.train(config, out=tmp_path / "whole", quiet=True)
+    selfsup.train(halved, out=tmp_path / "halved", quiet=True)
+    whole, parts = ([x["loss"] for x in read_metrics(tmp_path / run / "metrics.jsonl")] for run in ("whole", "halved"))
+    assert parts == pytest.approx(whole, rel=1e-5)

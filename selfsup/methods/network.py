@@ -1,0 +1,81 @@
+"""What methods that compare views have in common: a backbone with a head on it, its moving average, and its embeddings."""
+
+import contextlib
+import copy
+import itertools
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from selfsup.backbones import Backbone, create_backbone
+from selfsup.backbones.stochastic import StochasticKeys, strip_stochastic_layers
+from selfsup.config import Config
+from selfsup.losses.numerics import at_least_float32
+from selfsup.methods.contract import ViewBatch
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Network(nn.Module):
+    """Backbone and head: `student` and `teacher` of every such method, so that checkpoints read alike."""
+
+    def __init__(self, backbone: Backbone, head: Any) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+
+def build_backbone(config: Config) -> Backbone:
+    """The backbone of a configuration. Raises UserError if it does not take the views' sizes."""
+    backbone = create_backbone(config.backbone, mean=config.mean, std=config.std, input_size=config.views.global_.size)
+    for crops in (config.views.global_, config.views.local):
+        if crops.count:
+            backbone.check_size(crops.size)
+    backbone.shortcuts = frozenset(config.shortcuts)
+    return backbone
+
+
+def momentum_copy(student: M) -> M:
+    """A copy to be moved by `ema_update`: the same weights, no gradients, and nothing is dropped in it.
+
+    Make it before the student's stochastic layers are keyed.
+    """
+    teacher = copy.deepcopy(student)
+    strip_stochastic_layers(teacher)
+    return teacher.requires_grad_(False)
+
+
+def has_batch_statistics(*modules: nn.Module) -> bool:
+    """Whether there is a batch norm in any."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for module in modules for m in module.modules())
+
+
+def drawing(random: StochasticKeys | None, step: int, keys: Any) -> contextlib.AbstractContextManager[None]:
+    """The context in which stochastic layers run; None: there are none."""
+    return contextlib.nullcontext() if random is None else random.at(step, keys)
+
+
+def embed_views(
+    backbone: Backbone, batch: ViewBatch, random: StochasticKeys | None, kinds: int | None = None
+) -> Tensor:
+    """Pooled features of every view, [views * B, D], views first; of the first so many kinds of views alone, if given.
+
+    random: of the backbone's stochastic layers; each view of an image draws for itself.
+    """
+    images = batch.images[:kinds]
+    seen = [0, *itertools.accumulate(x.shape[0] for x in images)]
+    pooled = backbone.embed(
+        [x.flatten(0, 1) for x in images],  # [V, B, C, S, S] -> [V*B, C, S, S]
+        [batch.keys(kind, seen[kind]) for kind in range(len(images))],
+        lambda keys: drawing(random, batch.step, keys),
+    )
+    return torch.cat(pooled)
+
+
+@torch.no_grad()
+def spread(features: Tensor) -> Tensor:
+    """Standard deviation of normalised features [N, D] times sqrt(D), a mean over D: 1 on the whole sphere, 0 if constant."""
+    unit = F.normalize(at_least_float32(features), dim=-1)
+    return unit.std(dim=0).mean() * unit.shape[1] ** 0.5
