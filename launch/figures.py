@@ -37,7 +37,7 @@ class Figures:
     steps: int | None
     """The last one; None as long as it depends on the number of images, and no checkpoint tells it."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """loss, img_per_s, knn_top1, knn_step (at which it was measured), linear_top1, ..."""
+    """loss, img_per_s, top1 and knn_top1 with top1_step and knn_step (at which they were measured), linear_top1, ..."""
     seconds_a_step: float | None = None
     stopped_early: bool = False
     """Its evaluations got no better: `step` was its last one, before `steps`."""
@@ -71,6 +71,15 @@ def read(run: Path, since: float | None = None) -> Figures:
     steps = total_steps(run)
     early = (steps is None or step < steps) and _stopped_early(run, step)
     return Figures(step, steps, metrics, _seconds_a_step(lines, newest, since, speed), early)
+
+
+CHOSEN_BY = ("top1", "classify_top1", "knn_top1")
+"""What tells whether a run is good, the first that there is: of what it learned to tell during training or after, or k-NN."""
+
+
+def step_key(name: str) -> str:
+    """The key of the step at which a figure of CHOSEN_BY was measured."""
+    return f"{name.removesuffix('_top1')}_step"
 
 
 def total_steps(run: Path) -> int | None:
@@ -135,7 +144,7 @@ def _evaluations(run: Path, log: Path, step: int) -> dict[str, float]:
     for line in _lines(_last_evaluation(log)):
         values = line.get("eval")
         for name, value in values.items() if isinstance(values, dict) else ():
-            if re.fullmatch(r"\w+_top1", name) and (number := _number(value)) is not None:
+            if re.fullmatch(r"(\w+_)?top1", name) and (number := _number(value)) is not None:
                 offer(name, line["step"], number)
     for file, at in _result_files(run / "eval", step):
         name, value = _figure(file)
@@ -146,8 +155,8 @@ def _evaluations(run: Path, log: Path, step: int) -> dict[str, float]:
     out: dict[str, float] = {}
     for name, (at, value) in sorted(found.items()):
         out[name] = value
-        if name == "knn_top1":
-            out["knn_step"] = at
+        if name in CHOSEN_BY:
+            out[step_key(name)] = at
     return out
 
 

@@ -248,8 +248,8 @@ def _number(value: Any) -> float | None:
 
 # ---------------------------------------------------------------------------------------------------------- for people
 
-_HEADS = ("run", "state", "step", "ETA", "img/s", "k-NN", "restarts", "host")
-_RIGHT = {"step", "ETA", "img/s", "k-NN", "restarts"}
+_HEADS = ("run", "state", "step", "ETA", "img/s", "top-1", "restarts", "host")
+_RIGHT = {"step", "ETA", "img/s", "top-1", "restarts"}
 _DISPENSABLE = ("restarts", "img/s", "host")
 """On a narrow terminal; the first is the first to go."""
 
@@ -285,10 +285,12 @@ def _notes(statuses: Sequence[RunStatus]) -> list[str]:
 
 
 def _cells(status: RunStatus) -> tuple[str, ...]:
-    speed, knn, at = (status.metrics.get(key) for key in ("img_per_s", "knn_top1", "knn_step"))
-    shown = "" if knn is None else f"{100 * knn:.1f} %"
-    if knn is not None and at is not None and at != status.step:
-        shown += f" at {at:.0f}"
+    speed, shown = status.metrics.get("img_per_s"), ""
+    if (name := next((name for name in figures.CHOSEN_BY if name in status.metrics), None)) is not None:
+        shown = f"{100 * status.metrics[name]:.1f} %" + (" k-NN" if name == "knn_top1" else "")
+        at = status.metrics.get(figures.step_key(name))
+        if at is not None and at != status.step:
+            shown += f" at {at:.0f}"
     return (
         printable(status.run),
         status.state,

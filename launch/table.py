@@ -10,13 +10,12 @@ from selfsup import durable
 from selfsup.errors import UserError
 from selfsup.wording import one_line, printable
 
-from . import columns, status, submission
+from . import columns, figures, status, submission
 from .status import RunStatus
 from .submission import Submission
 
 JSON, TEXT = "sweep.json", "sweep.txt"
-_CHOSEN_BY = "knn_top1"
-_LEFT_OUT = ("img_per_s", "knn_step")
+_LEFT_OUT = ("img_per_s", *map(figures.step_key, figures.CHOSEN_BY))
 """Figures that do not tell runs apart."""
 
 
@@ -38,12 +37,13 @@ def write(folder: Path) -> None:
 def table(submitted: Submission, found: Sequence[RunStatus]) -> list[dict[str, Any]]:
     """Rows of {"run", "values": by key that varies, "state", "step", "steps", "metrics", "best"}; found: of all its runs.
 
-    best: whether no run has a higher k-NN accuracy; false where none was measured.
+    best: whether no run has a higher accuracy, of `figures.CHOSEN_BY` the first that any has; false where none was measured.
     """
     combinations = [*itertools.product(*submitted.sweep.values())]  # in the order in which runs are named
     if len(combinations) != len(submitted.runs):
         combinations = [() for _ in submitted.runs]
-    scores = [each.metrics[_CHOSEN_BY] for each in found if _CHOSEN_BY in each.metrics]
+    by = _chosen_by([each.metrics for each in found])
+    scores = [each.metrics[by] for each in found if by in each.metrics]
     return [
         {
             "run": name,
@@ -52,24 +52,30 @@ def table(submitted: Submission, found: Sequence[RunStatus]) -> list[dict[str, A
             "step": each.step,
             "steps": each.steps,
             "metrics": each.metrics,
-            "best": bool(scores) and each.metrics.get(_CHOSEN_BY) == max(scores),
+            "best": bool(scores) and each.metrics.get(by) == max(scores),
         }
         for name, values, each in zip(submitted.runs, combinations, found)
     ]
 
 
+def _chosen_by(metrics: Sequence[Mapping[str, float]]) -> str:
+    """The figure that the runs are compared by."""
+    return next((name for name in figures.CHOSEN_BY if any(name in each for each in metrics)), figures.CHOSEN_BY[-1])
+
+
 def show(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
     """Aligned columns, the best marked with a *."""
     named = {name: None for row in rows for name in row["metrics"] if name not in _LEFT_OUT}
-    metrics = sorted(named, key=lambda name: (name != "loss", name != _CHOSEN_BY, name))
+    by = _chosen_by([row["metrics"] for row in rows])
+    metrics = sorted(named, key=lambda name: (name != "loss", name != by, name))
     lines = [["", *(keys or ("run",)), "state", "step", *metrics]]
     for row in rows:
         values = [one_line(row["values"].get(key, ""), 40) for key in keys] if keys else [printable(row["run"])]
         step = f"{row['step']}/{row['steps']}" if row["steps"] is not None else str(row["step"])
-        figures = [_figure(name, row["metrics"].get(name)) for name in metrics]
-        lines.append(["*" if row["best"] else "", *values, row["state"], step, *figures])
+        shown = [_figure(name, row["metrics"].get(name)) for name in metrics]
+        lines.append(["*" if row["best"] else "", *values, row["state"], step, *shown])
     text = "\n".join(columns.aligned(lines))
-    return text + (f"\n* highest {_CHOSEN_BY}" if any(row["best"] for row in rows) else "")
+    return text + (f"\n* highest {by}" if any(row["best"] for row in rows) else "")
 
 
 def _figure(name: str, value: float | None) -> str:

@@ -169,7 +169,9 @@ def test_a_rank_that_never_comes_is_named(ranks: Ranks, key: str):
     """With its host; by the others too, who need not wait for longer."""
     hosts = ["127.0.0.1", "127.0.0.1", "n7", "n7"]
     for rank in (0, 1, 3):
-        ranks.start(rank, 4, key=key, hosts=hosts if rank < 3 else ["127.0.0.1"] * 4, timeout_s=25 if rank == 0 else 120)
+        ranks.start(
+            rank, 4, key=key, hosts=hosts if rank < 3 else ["127.0.0.1"] * 4, timeout_s=25 if rank == 0 else 120
+        )
     for line in ranks.said():
         assert line.startswith("RankLost") and "after 25 s rank 2 (n7) did not come to rank 0 on node0" in line
 

@@ -452,6 +452,16 @@ def test_the_newest_figure_wins(tmp_path: Path):
     }  # fmt: skip
 
 
+def test_what_tells_classes_comes_before_the_knn(tmp_path: Path):
+    run = trained(tmp_path / "run", 40, eval={"top1": 0.75, "ece": 0.1, "knn_top1": 0.25})
+    metrics = figures.read(run).metrics
+    assert metrics["top1"] == 0.75 and metrics["top1_step"] == 40 and "ece" not in metrics
+    shown = status.table(
+        [row("a", step=50, metrics=metrics), row("b", metrics={"classify_top1": 0.5, "classify_step": 40})]
+    )
+    assert "75.0 % at 40 " in shown and "50.0 % " in shown and "k-NN" not in shown
+
+
 def test_a_long_log_is_read_from_its_end(tmp_path: Path):
     """And one that a crash left with megabytes of zeros has the step of its last line."""
     run = trained(tmp_path / "run", 30, eval={"knn_top1": 0.5})
@@ -478,9 +488,9 @@ def test_table():
         [row("runs/größer 走る"), row("b", state="failed", eta_s=None, metrics={}, steps=None, host=None)]
     )
     assert text.splitlines() == [
-        "run               state      step      ETA  img/s          k-NN  restarts  host",
-        "runs/größer 走る  running  40/100  1:02:03    812  71.3 % at 30         2  n1",
-        "b                 failed       40                                       2",
+        "run               state      step      ETA  img/s              top-1  restarts  host",
+        "runs/größer 走る  running  40/100  1:02:03    812  71.3 % k-NN at 30         2  n1",
+        "b                 failed       40                                            2",
     ]
     assert "\x1b" not in status.table([row("a\x1b[31m\nb")]) and len(status.table([row("a\nb")]).splitlines()) == 2
     assert status.table([]) == "no runs here"
@@ -492,10 +502,10 @@ def test_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "90")
     lines = status.table([row("/a/very/long/path/that/goes/on/" * 3 + "走る/seed=1"), row("b")]).splitlines()
     assert all(len(line) <= 90 for line in lines) and "…" in lines[1] and "走る/seed=1 " in lines[1]
-    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("COLUMNS", "65")
     lines = status.table([row("/a/very/long/path/to/seed=1"), row("b")]).splitlines()
-    assert lines[0] == "run             state      step      ETA          k-NN  host"
-    assert all(len(line) <= 60 for line in lines)
+    assert lines[0] == "run             state      step      ETA              top-1  host"
+    assert all(len(line) <= 65 for line in lines)
 
 
 def test_remarks_are_told_once():

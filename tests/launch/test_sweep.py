@@ -108,7 +108,10 @@ def test_which_key_is_meant(option: str, key: str):
         (["sed=1,2"], "no recipe has a key 'sed'; did you mean seed?"),
         (["optimizer.lrr=1,2"], "did you mean optimizer.lr?"),
         (["weight_decy=1,2"], "did you mean weight_decay?"),
-        (["teacher_temp=1,2"], "no recipe has a key 'teacher_temp'; did you mean teacher? Options that the recipe does not give"),
+        (
+            ["teacher_temp=1,2"],
+            "no recipe has a key 'teacher_temp'; did you mean teacher? Options that the recipe does not give",
+        ),
         (["nodes=1,2"], "nodes is a key of the cluster"),
         (["lr=1,2", "optimizer.lr=3,4"], "optimizer.lr is given twice"),
         (["seed=1,1"], "seed=1 and seed=1 are the same run"),

@@ -48,6 +48,14 @@ def test_table(sweep: Path, capsys: pytest.CaptureFixture[str]):
     assert all(row["run"] == f"lr={row['values']['optimizer.lr']},seed={row['values']['seed']}" for row in rows)
 
 
+def test_what_tells_classes_is_compared_where_there_is_any(sweep: Path):
+    for name, top1 in (("lr=0.001,seed=0", 0.9), ("lr=0.001,seed=1", 0.8)):
+        (sweep / name / "eval" / "classify.json").write_text(json.dumps({"metrics": {"top1": top1}, "target": {}}))
+    table.write(sweep)
+    assert [row["best"] for row in json.loads((sweep / "sweep.json").read_text())] == [True, False, False, False]
+    assert (sweep / "sweep.txt").read_text().endswith("* highest classify_top1\n")
+
+
 def test_without_figures(sweep: Path):
     for file in [*sweep.glob("*/metrics.jsonl"), *sweep.glob("*/eval/*.json")]:
         file.unlink()
