@@ -112,9 +112,7 @@ def measure(lab: Lab, row: Row, seed: int) -> dict[str, Any]:
     run = lab.work / "runs" / f"{row.name}_seed{seed}_{lab.key(row)}"
     steps = _steps(lab, row, seed)
     overrides = _overrides(lab, row, seed, steps)
-    began = time.monotonic()
-    _selfsup(run, "train", str(_recipe(lab)), *overrides, "--out", str(run), "--resume")
-    seconds = time.monotonic() - began
+    seconds = _selfsup(run, "train", str(_recipe(lab)), *overrides, "--out", str(run), "--resume")
     found = json.loads((run / "eval" / "classify.json").read_text())
     rows = {r["classifier"]: r["top1"] for r in found.get("settings") or []}
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -161,16 +159,19 @@ def _recipe(lab: Lab) -> Path:
     return path
 
 
-def _selfsup(run: Path, *arguments: str) -> None:
-    """`selfsup ...` in a process with one thread; what it says goes to RUN.log."""
+def _selfsup(run: Path, *arguments: str) -> float:
+    """`selfsup ...` in a process with one thread; what it says goes to RUN.log. Returns its seconds of CPU."""
     log = run.with_name(run.name + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    process = _forks().Process(target=_command, args=(str(log), ["selfsup", *arguments]))
+    context = _forks()
+    seconds = context.Value("d", 0.0)
+    process = context.Process(target=_command, args=(str(log), ["selfsup", *arguments], seconds))
     process.start()
     process.join()
     if process.exitcode != 0:
         end = "\n".join(log.read_text().splitlines()[-15:])
         raise Failed(f"selfsup {' '.join(arguments[:3])} ... ended with {process.exitcode}; {log}:\n{end}")
+    return seconds.value
 
 
 @functools.cache
@@ -182,15 +183,19 @@ def _forks() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def _command(log: str, arguments: list[str]) -> None:
-    """What such a process runs: the command line, as if it had been typed."""
+def _command(log: str, arguments: list[str], seconds: Any) -> None:
+    """What such a process runs: the command line, as if it had been typed. seconds: gets what it took of the CPU."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     from selfsup.cli import main as selfsup
 
     sys.argv = arguments
-    selfsup()
+    began = time.process_time()  # what was imported before the fork is not its own
+    try:
+        selfsup()
+    finally:
+        seconds.value = time.process_time() - began
 
 
 # ------------------------------------------------------------------------------------------------------------ all runs

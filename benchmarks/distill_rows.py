@@ -62,7 +62,7 @@ VIT = {
     "backbone.img_size": 28,
     "backbone.patch_size": 4,
     "backbone.embed_dim": 96,
-    "backbone.depth": 6,
+    "backbone.depth": 4,
     "backbone.num_heads": 3,
     "optimizer.name": "adamw",
     "optimizer.nesterov": False,

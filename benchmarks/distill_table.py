@@ -96,7 +96,7 @@ def _line(
     )
 
 
-_COLUMNS = ("row", "what", "top-1 %", "± seeds", "gain over", "gain", "verdict", "s a run")
+_COLUMNS = ("row", "what", "top-1 %", "± seeds", "gain over", "gain", "verdict", "CPU s a run")
 
 
 def _cells(line: Line) -> tuple[str, ...]:
@@ -124,7 +124,7 @@ def _setting(setting: Mapping[str, Any], runs: Runs) -> str:
     count = sum(len(found) for found in runs.values())
     seconds = sum(run["seconds"] for found in runs.values() for run in found.values())
     shown = ", ".join(f"{key} {value}" for key, value in setting.items())
-    return f"{shown}; {count} runs, {seconds / 3600:.2f} hours of one process each"
+    return f"{shown}; {count} runs, {seconds / 3600:.2f} hours of CPU"
 
 
 def show(runs: Runs, setting: Mapping[str, Any]) -> None:

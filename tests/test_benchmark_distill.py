@@ -110,7 +110,7 @@ class Fake:
     def __init__(self, accuracy: dict[str, float]) -> None:
         self.accuracy, self.calls, self.lock = accuracy, [], threading.Lock()
 
-    def __call__(self, run: Path, *arguments: str) -> None:
+    def __call__(self, run: Path, *arguments: str) -> float:
         name = run.name.rpartition("_seed")[0]
         with self.lock:
             self.calls.append((arguments[0], name))
@@ -124,6 +124,7 @@ class Fake:
         top1 = self.accuracy[name]
         found = {"metrics": {"top1": top1}, "settings": [{"classifier": "head", "top1": top1}]}
         (run / "eval" / "classify.json").write_text(json.dumps(found))
+        return 12.34
 
 
 @pytest.fixture
