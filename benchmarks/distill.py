@@ -15,13 +15,10 @@ row gets as many steps as it does in them.
 
 import argparse
 import concurrent.futures
-import functools
 import gzip
 import hashlib
 import importlib.util
 import json
-import multiprocessing
-import multiprocessing.context
 import os
 import shutil
 import sys
@@ -36,16 +33,12 @@ ROOT = Path(__file__).resolve().parent.parent
 if importlib.util.find_spec("benchmarks") is None:
     sys.path.append(str(ROOT))
 
-from benchmarks import distill_table  # noqa: E402
+from benchmarks import distill_table, forks  # noqa: E402
 from benchmarks.distill_rows import BASE, BATCH, GROUPS, ROWS, Row  # noqa: E402
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 CALIBRATION = 40
 """Steps from which the steps of a budget in seconds are reckoned."""
-
-
-class Failed(Exception):
-    """A run that ended otherwise than it should; the message is the end of what it said."""
 
 
 @dataclass
@@ -160,42 +153,8 @@ def _recipe(lab: Lab) -> Path:
 
 
 def _selfsup(run: Path, *arguments: str) -> float:
-    """`selfsup ...` in a process with one thread; what it says goes to RUN.log. Returns its seconds of CPU."""
-    log = run.with_name(run.name + ".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    context = _forks()
-    seconds = context.Value("d", 0.0)
-    process = context.Process(target=_command, args=(str(log), ["selfsup", *arguments], seconds))
-    process.start()
-    process.join()
-    if process.exitcode != 0:
-        end = "\n".join(log.read_text().splitlines()[-15:])
-        raise Failed(f"selfsup {' '.join(arguments[:3])} ... ended with {process.exitcode}; {log}:\n{end}")
-    return seconds.value
-
-
-@functools.cache
-def _forks() -> multiprocessing.context.ForkServerContext:
-    """Processes that begin with the libraries imported: it takes longer than a hundred steps of the smaller nets."""
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["selfsup.cli", "selfsup.train", "selfsup.eval.classify", "torchvision.datasets"])
-    return context
-
-
-def _command(log: str, arguments: list[str], seconds: Any) -> None:
-    """What such a process runs: the command line, as if it had been typed. seconds: gets what it took of the CPU."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    from selfsup.cli import main as selfsup
-
-    sys.argv = arguments
-    began = time.process_time()  # what was imported before the fork is not its own
-    try:
-        selfsup()
-    finally:
-        seconds.value = time.process_time() - began
+    """`selfsup ...`; what it says goes to RUN.log. Returns its seconds of CPU."""
+    return forks.selfsup(run.with_name(run.name + ".log"), *arguments).seconds
 
 
 # ------------------------------------------------------------------------------------------------------------ all runs
@@ -219,7 +178,7 @@ def work(lab: Lab, rows: Sequence[Row], seeds: Sequence[int]) -> list[str]:
                 row, seed = running[done]
                 try:
                     found = done.result()
-                except Failed as error:
+                except forks.Failed as error:
                     failures.append(f"{row.name}, seed {seed}: {error}")
                     say(failures[-1])
                     continue

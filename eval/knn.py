@@ -22,6 +22,7 @@ from . import results
 from .datasets import LabelledPair, labelled_only, open_pair
 from .features import extract, transform_for
 from .poolings import Request
+from .rank import rankme
 from .search import Backend, neighbours
 from .settings import KnnSettings, resolve
 from .targets import Target, open_target
@@ -170,6 +171,8 @@ def evaluate(
         "vote": "exp(cosine / T), as DINO's eval_knn; neighbour ties by lower index, vote ties by lower class",
         "selected": "the first k and temperature given; nothing is chosen on val",
         **facts,
+        "dimensions": bank.array(request).shape[1],
+        "rankme": rankme(bank.array(request)[readable[0]]),
         "unlabelled_left_out": left_out,
         "unreadable_left_out": {"train": int((~readable[0]).sum()), "val": int((~readable[1]).sum())},
         "top1_interval_95": results.interval(first["top1"], facts["val_images"]),

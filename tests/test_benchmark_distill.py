@@ -115,7 +115,7 @@ class Fake:
         with self.lock:
             self.calls.append((arguments[0], name))
         if name not in self.accuracy:
-            raise distill.Failed("no such row")
+            raise distill.forks.Failed("no such row")
         if any("teacher.path" in a for a in arguments):
             teacher = next(a.partition("=")[2] for a in arguments if a.startswith("teacher.path"))
             assert Path(teacher).is_dir(), "the teacher comes first"
