@@ -145,3 +145,19 @@ def test_scaling_vit_is_the_paper() -> None:
     assert (rate["wd"](9), rate["wd_head"](9)) == (0.03, 3.0) and config.optimizer.name == "adafactor"
     assert config.backbone.options["global_pool"] == "map" and config.backbone.options["class_token"] is False
     assert (config.method.options["loss"], config.method.options["sum_classes"]) == ("sigmoid", True)
+
+
+def test_byol_resnet50_is_the_published_recipe() -> None:
+    """Grill et al., 2020, section 3.3 and table 6."""
+    config = methods.complete(load("byol_resnet50"))
+    length = schedules.plan(config, IMAGENET)
+    rate = schedules.optimizer_schedules(config, length)
+    assert (config.backbone.name, config.optimizer.name, config.global_batch) == ("resnet50", "lars", 4096)
+    assert length.steps == pytest.approx(1000 * IMAGENET / 4096, abs=1)
+    assert rate["lr"](round(10 * IMAGENET / 4096) - 1) == pytest.approx(0.2 * 4096 / 256)
+    assert rate["lr"](length.steps) == pytest.approx(0, abs=1e-12) and rate["wd"](7) == 1.5e-6
+    crops, options = config.views.global_, config.method.options
+    assert (crops.count, crops.size, crops.scale, crops.blur, crops.solarize) == (
+        *(2, 224, (0.08, 1.0), (1.0, 0.1), (0.0, 0.2)),
+    )
+    assert (options["hidden_dim"], options["out_dim"], options["momentum"]) == (4096, 256, 0.996)

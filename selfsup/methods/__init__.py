@@ -11,6 +11,7 @@ from selfsup.config import Config, MethodConfig, suggest, validate
 from selfsup.errors import UserError
 
 METHODS = {
+    "byol": "selfsup.methods.byol:BYOL",
     "byot": "selfsup.methods.byot:BYOT",
     "deit": "selfsup.methods.deit:DeiT",
     "dino": "selfsup.methods.dino:DINO",

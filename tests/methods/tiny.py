@@ -39,6 +39,7 @@ SECOND_STUDENT = (
     "embed_dim: 24, depth: 1, num_heads: 2, drop_path_rate: 0.1}}]"
 )
 METHOD_OPTIONS = {
+    "byol": ["method.hidden_dim=48", "method.out_dim=16"],
     "byot": ["method.feature_weight=0.01"],
     "deit": [
         *ONE_VIEW,
