@@ -16,6 +16,7 @@ METHODS = {
     "deit": "selfsup.methods.deit:DeiT",
     "dino": "selfsup.methods.dino:DINO",
     "distill": "selfsup.methods.distill:Distill",
+    "simclr": "selfsup.methods.simclr:SimCLR",
     "supervised": "selfsup.methods.supervised:Supervised",
 }
 
