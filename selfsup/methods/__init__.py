@@ -17,6 +17,7 @@ METHODS = {
     "dino": "selfsup.methods.dino:DINO",
     "distill": "selfsup.methods.distill:Distill",
     "simclr": "selfsup.methods.simclr:SimCLR",
+    "supcon": "selfsup.methods.supcon:SupCon",
     "supervised": "selfsup.methods.supervised:Supervised",
 }
 

@@ -63,6 +63,7 @@ METHOD_OPTIONS = {
         SECOND_STUDENT,
     ],
     "simclr": ["method.hidden_dim=48", "method.out_dim=16"],
+    "supcon": ["method.hidden_dim=48", "method.out_dim=16"],
     "supervised": [
         "method.label_smoothing=0.1",
         "method.ema=0.9",
