@@ -16,6 +16,7 @@ METHODS = {
     "deit": "selfsup.methods.deit:DeiT",
     "dino": "selfsup.methods.dino:DINO",
     "distill": "selfsup.methods.distill:Distill",
+    "moco": "selfsup.methods.moco:MoCo",
     "simclr": "selfsup.methods.simclr:SimCLR",
     "supcon": "selfsup.methods.supcon:SupCon",
     "supervised": "selfsup.methods.supervised:Supervised",
