@@ -17,6 +17,7 @@ METHODS = {
     "dino": "selfsup.methods.dino:DINO",
     "distill": "selfsup.methods.distill:Distill",
     "moco": "selfsup.methods.moco:MoCo",
+    "mocov3": "selfsup.methods.mocov3:MoCoV3",
     "simclr": "selfsup.methods.simclr:SimCLR",
     "supcon": "selfsup.methods.supcon:SupCon",
     "supervised": "selfsup.methods.supervised:Supervised",

@@ -63,6 +63,7 @@ METHOD_OPTIONS = {
         SECOND_STUDENT,
     ],
     "moco": ["method.hidden_dim=48", "method.out_dim=16", "method.queue_length=20", "method.momentum=0.9"],
+    "mocov3": ["method.hidden_dim=48", "method.out_dim=16", "method.momentum=0.9"],
     "simclr": ["method.hidden_dim=48", "method.out_dim=16"],
     "supcon": ["method.hidden_dim=48", "method.out_dim=16"],
     "supervised": [
