@@ -21,6 +21,7 @@ METHODS = {
     "simclr": "selfsup.methods.simclr:SimCLR",
     "supcon": "selfsup.methods.supcon:SupCon",
     "supervised": "selfsup.methods.supervised:Supervised",
+    "swav": "selfsup.methods.swav:SwAV",
 }
 
 

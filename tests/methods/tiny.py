@@ -72,6 +72,14 @@ METHOD_OPTIONS = {
         "method.consistency=1.0",
         "method.consistency_warmup=0 steps",
     ],
+    "swav": [
+        "method.prototypes=24",
+        "method.hidden_dim=48",
+        "method.out_dim=16",
+        "method.freeze_prototypes=2 steps",
+        "method.queue_length=12",
+        "method.queue_start=0 steps",
+    ],
 }
 """Options that make each method small, and all of it run; a new method adds its row."""
 
