@@ -1,6 +1,7 @@
 """Projection heads."""
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,3 +70,14 @@ class DINOHead(nn.Module):
         """x [N, in_dim] -> what is compared with the prototypes: [N, bottleneck_dim], of length 1."""
         x = self.mlp(x)
         return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+
+
+def batch_norm_mlp(*dims: int, bias: bool = False, last: nn.Module | None = None) -> nn.Module:
+    """Linear layers with batch norm and ReLU between them, from dims[0] to dims[-1] features: lightly's `ProjectionHead`.
+
+    A bias in front of a batch norm would do nothing and has none. bias: of the last layer; last: a norm after it.
+    """
+    from lightly.models.modules.heads import ProjectionHead  # only where it is used: it takes torchvision with it
+
+    hidden: list[Any] = [(a, b, nn.BatchNorm1d(b), nn.ReLU(), False) for a, b in itertools.pairwise(dims[:-1])]
+    return ProjectionHead([*hidden, (*dims[-2:], last, None, bias)])

@@ -145,3 +145,87 @@ def test_scaling_vit_is_the_paper() -> None:
     assert (rate["wd"](9), rate["wd_head"](9)) == (0.03, 3.0) and config.optimizer.name == "adafactor"
     assert config.backbone.options["global_pool"] == "map" and config.backbone.options["class_token"] is False
     assert (config.method.options["loss"], config.method.options["sum_classes"]) == ("sigmoid", True)
+
+
+def test_byol_resnet50_is_the_published_recipe() -> None:
+    """Grill et al., 2020, section 3.3 and table 6."""
+    config = methods.complete(load("byol_resnet50"))
+    length = schedules.plan(config, IMAGENET)
+    rate = schedules.optimizer_schedules(config, length)
+    assert (config.backbone.name, config.optimizer.name, config.global_batch) == ("resnet50", "lars", 4096)
+    assert length.steps == pytest.approx(1000 * IMAGENET / 4096, abs=1)
+    assert rate["lr"](round(10 * IMAGENET / 4096) - 1) == pytest.approx(0.2 * 4096 / 256)
+    assert rate["lr"](length.steps) == pytest.approx(0, abs=1e-12) and rate["wd"](7) == 1.5e-6
+    crops, options = config.views.global_, config.method.options
+    assert (crops.count, crops.size, crops.scale, crops.blur, crops.solarize) == (
+        *(2, 224, (0.08, 1.0), (1.0, 0.1), (0.0, 0.2)),
+    )
+    assert (options["hidden_dim"], options["out_dim"], options["momentum"]) == (4096, 256, 0.996)
+
+
+CONTRASTIVE = {
+    # recipe: (method, epochs, batch, optimizer, peak, warm-up in epochs, last rate, decay, smallest crop, jitter, options)
+    "simclr_resnet50": (
+        "simclr",
+        1000,
+        4096,
+        "lars",
+        4.8,
+        10,
+        0.0,
+        1e-6,
+        0.08,
+        0.8,
+        {"temperature": 0.1, "out_dim": 128},
+    ),
+    "supcon_resnet50": (
+        "supcon",
+        350,
+        6144,
+        "lars",
+        9.6,
+        12,
+        0.0,
+        1e-3,
+        0.08,
+        0.0,
+        {"temperature": 0.1, "out_dim": 128},
+    ),
+    "moco_resnet50": (
+        *("moco", 200, 256, "sgd", 0.03, 0, 0.0, 1e-4, 0.2, 0.8),
+        {"temperature": 0.2, "queue_length": 65536, "momentum": 0.999, "out_dim": 128},
+    ),
+    "mocov3_vits16": (
+        *("mocov3", 300, 1024, "adamw", 6e-4, 40, 0.0, 0.1, 0.2, 0.8),
+        {"temperature": 0.2, "momentum": 0.99, "hidden_dim": 4096, "out_dim": 256, "freeze_patch_projection": True},
+    ),
+    "swav_resnet50": (
+        *("swav", 800, 4096, "lars", 4.8, 10, 0.0048, 1e-6, 0.14, 0.8),
+        {"prototypes": 3000, "epsilon": 0.05, "temperature": 0.1, "freeze_prototypes": "313 steps", "queue_length": 0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTRASTIVE)
+def test_contrastive_recipes_are_the_published_ones(name: str) -> None:
+    """Chen et al., 2020 (SimCLR); Khosla et al., 2020; Chen et al., 2020 (MoCo v2); Chen et al., 2021; Caron et al., 2020."""
+    method, epochs, batch, optimizer, peak, warmup, end, decay, smallest, jitter, options = CONTRASTIVE[name]
+    config = methods.complete(load(name))
+    length = schedules.plan(config, IMAGENET)
+    rate = schedules.optimizer_schedules(config, length)
+    assert (config.method.name, config.global_batch, config.optimizer.name) == (method, batch, optimizer)
+    assert length.steps == pytest.approx(epochs * IMAGENET / batch, abs=1)
+    assert rate["lr"](max(0, round(warmup * IMAGENET / batch) - 1)) == pytest.approx(peak)
+    assert rate["lr"](length.steps) == pytest.approx(end, abs=1e-12)
+    assert {rate["wd"](0), rate["wd"](length.steps)} == {decay} and config.optimizer.clip is None
+    crops = config.views.global_
+    assert (crops.count, crops.size, crops.scale, crops.jitter) == (2, 224, (smallest, 1.0), jitter)
+    assert options.items() <= config.method.options.items()
+
+
+def test_swav_resnet50_crops() -> None:
+    """swav_800ep_pretrain.sh: 2 x 224 and 6 x 96; the rate begins at 0.3."""
+    config = methods.complete(load("swav_resnet50"))
+    local = config.views.local
+    assert (local.count, local.size, local.scale, local.blur) == (6, 96, (0.05, 0.14), 0.5)
+    assert schedules.optimizer_schedules(config, schedules.plan(config, IMAGENET))["lr"](0) == pytest.approx(0.3)

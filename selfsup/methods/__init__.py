@@ -11,11 +11,17 @@ from selfsup.config import Config, MethodConfig, suggest, validate
 from selfsup.errors import UserError
 
 METHODS = {
+    "byol": "selfsup.methods.byol:BYOL",
     "byot": "selfsup.methods.byot:BYOT",
     "deit": "selfsup.methods.deit:DeiT",
     "dino": "selfsup.methods.dino:DINO",
     "distill": "selfsup.methods.distill:Distill",
+    "moco": "selfsup.methods.moco:MoCo",
+    "mocov3": "selfsup.methods.mocov3:MoCoV3",
+    "simclr": "selfsup.methods.simclr:SimCLR",
+    "supcon": "selfsup.methods.supcon:SupCon",
     "supervised": "selfsup.methods.supervised:Supervised",
+    "swav": "selfsup.methods.swav:SwAV",
 }
 
 

@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from selfsup import dist
 from selfsup.backbones import Backbone, create_backbone
 from selfsup.backbones.stochastic import StochasticKeys, strip_stochastic_layers
 from selfsup.config import Config
+from selfsup.data.views import View, multicrop
+from selfsup.errors import UserError
 from selfsup.losses.numerics import at_least_float32
 from selfsup.methods.contract import ViewBatch
 
@@ -25,6 +28,25 @@ class Network(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
+
+
+def compared_views(config: Config) -> list[View]:
+    """The views of a configuration, for a method that compares those of an image. Raises UserError if there are too few.
+
+    What a view learns from are global views alone, as Caron et al., 2020 (SwAV, section 3.3) have it: local ones follow.
+    """
+    global_views, local_views = config.views.global_.count, config.views.local.count
+    if global_views < 1 or global_views + local_views < 2:
+        raise UserError(
+            f"views.global.count={global_views}, views.local.count={local_views}: method={config.method.name} compares "
+            "different views; give at least one global view and two in all"
+        )
+    if config.global_batch < 2:
+        raise UserError(
+            f"global_batch={config.global_batch}: method={config.method.name} normalises over the images of a step; "
+            "give 2 or more"
+        )
+    return multicrop(config.views)
 
 
 def build_backbone(config: Config) -> Backbone:
@@ -58,20 +80,37 @@ def drawing(random: StochasticKeys | None, step: int, keys: Any) -> contextlib.A
 
 
 def embed_views(
-    backbone: Backbone, batch: ViewBatch, random: StochasticKeys | None, kinds: int | None = None
+    backbone: Backbone,
+    batch: ViewBatch,
+    random: StochasticKeys | None,
+    kinds: int | None = None,
+    apart: bool = False,
 ) -> Tensor:
     """Pooled features of every view, [views * B, D], views first; of the first so many kinds of views alone, if given.
 
-    random: of the backbone's stochastic layers; each view of an image draws for itself.
+    random: of the backbone's stochastic layers; each view of an image draws for itself. apart: batch norm sees one view at a
+    time, instead of all of one kind.
     """
-    images = batch.images[:kinds]
-    seen = [0, *itertools.accumulate(x.shape[0] for x in images)]
-    pooled = backbone.embed(
-        [x.flatten(0, 1) for x in images],  # [V, B, C, S, S] -> [V*B, C, S, S]
-        [batch.keys(kind, seen[kind]) for kind in range(len(images))],
-        lambda keys: drawing(random, batch.step, keys),
-    )
-    return torch.cat(pooled)
+    kept = batch.images[:kinds]
+    seen = [0, *itertools.accumulate(x.shape[0] for x in kept)]
+    images = [x.flatten(0, 1) for x in kept]  # [V, B, C, S, S] -> [V*B, C, S, S]
+    keys = [batch.keys(kind, seen[kind]) for kind in range(len(kept))]  # [V*B]
+    if apart:
+        size = batch.positions.shape[0]
+        images, keys = (
+            [part for x in tensors for part in x.split(size)] for tensors in (images, keys)
+        )  # V times [B, ...]
+    return torch.cat(backbone.embed(images, keys, lambda keys: drawing(random, batch.step, keys)))
+
+
+def each_view(head: nn.Module, features: Tensor, views: int) -> Tensor:
+    """A head on one view after another, so that its batch norm sees one at a time: [views * B, D] -> [views, B, K]."""
+    return torch.stack([head(view) for view in features.chunk(views)])
+
+
+def gather_images(z: Tensor) -> Tensor:
+    """Every rank's images, with gradient (`dist.all_gather_with_grad`): [V, B, K] -> [V, world * B, K]."""
+    return dist.all_gather_with_grad(z.transpose(0, 1)).transpose(0, 1)
 
 
 @torch.no_grad()

@@ -39,6 +39,7 @@ SECOND_STUDENT = (
     "embed_dim: 24, depth: 1, num_heads: 2, drop_path_rate: 0.1}}]"
 )
 METHOD_OPTIONS = {
+    "byol": ["method.hidden_dim=48", "method.out_dim=16"],
     "byot": ["method.feature_weight=0.01"],
     "deit": [
         *ONE_VIEW,
@@ -61,11 +62,23 @@ METHOD_OPTIONS = {
         "method.ema=0.9",
         SECOND_STUDENT,
     ],
+    "moco": ["method.hidden_dim=48", "method.out_dim=16", "method.queue_length=20", "method.momentum=0.9"],
+    "mocov3": ["method.hidden_dim=48", "method.out_dim=16", "method.momentum=0.9"],
+    "simclr": ["method.hidden_dim=48", "method.out_dim=16"],
+    "supcon": ["method.hidden_dim=48", "method.out_dim=16"],
     "supervised": [
         "method.label_smoothing=0.1",
         "method.ema=0.9",
         "method.consistency=1.0",
         "method.consistency_warmup=0 steps",
+    ],
+    "swav": [
+        "method.prototypes=24",
+        "method.hidden_dim=48",
+        "method.out_dim=16",
+        "method.freeze_prototypes=2 steps",
+        "method.queue_length=12",
+        "method.queue_start=0 steps",
     ],
 }
 """Options that make each method small, and all of it run; a new method adds its row."""
