@@ -23,13 +23,13 @@ def curves(run: Path, path: Path) -> Path:
         raise UserError(f"{run / 'metrics.jsonl'}: no line to draw; train for at least one logging step")
     figure = new_figure(12, 6.4)
     grid = figure.subplots(2, 3)
-    _panel(grid[0, 0], "loss", [("loss", _series(lines, "loss"), BLUE)], smooth=True)
+    panel(grid[0, 0], "loss", [("loss", _series(lines, "loss"), BLUE)], smooth=True)
     entropy, spread = _series(lines, "health.teacher_entropy"), _series(lines, "health.feature_std")
     health = [("teacher entropy / ln K", entropy, BLUE), ("feature spread", spread, ORANGE)]
-    _panel(grid[0, 1], "health (collapse: entropy at 1, or spread at 0)", health, bottom=0.0, smooth=True)
+    panel(grid[0, 1], "health (collapse: entropy at 1, or spread at 0)", health, bottom=0.0, smooth=True)
     keys = sorted({k for line in lines for k in (line.get("eval") or {})}, key=lambda k: (len(k), k))[:4]
     colours = (GREEN, BLUE, ORANGE, PURPLE)
-    _panel(
+    panel(
         grid[0, 2],
         "periodic evaluation (%)",
         [(k, _series(lines, f"eval.{k}", 100), c) for k, c in zip(keys, colours)],
@@ -38,9 +38,9 @@ def curves(run: Path, path: Path) -> Path:
     )
     kl, information = _series(lines, "health.kl"), _series(lines, "health.information")
     output = [("student-teacher KL (nats)", kl, PURPLE), ("information (nats)", information, GREEN)]
-    _panel(grid[1, 0], "information in the teacher's output", output, bottom=0.0, smooth=True)
-    _panel(grid[1, 1], "learning rate", [("lr", _series(lines, "lr"), BLUE)], bottom=0.0)
-    _panel(grid[1, 2], "speed", [("img/s", _series(lines, "img_per_s"), BLUE)], bottom=0.0)
+    panel(grid[1, 0], "information in the teacher's output", output, bottom=0.0, smooth=True)
+    panel(grid[1, 1], "learning rate", [("lr", _series(lines, "lr"), BLUE)], bottom=0.0)
+    panel(grid[1, 2], "speed", [("img/s", _series(lines, "img_per_s"), BLUE)], bottom=0.0)
     wait = _series(lines, "data_wait", 100)
     if len(wait[0]):
         right = grid[1, 2].twinx()
@@ -75,7 +75,7 @@ def _series(lines: Sequence[dict[str, Any]], key: str, factor: float = 1.0) -> S
     return np.array(steps, dtype=np.int64), np.array(values)
 
 
-def _smoothed(values: np.ndarray) -> np.ndarray:
+def smoothed(values: np.ndarray) -> np.ndarray:
     """Centred moving average over about a fortieth of the points, gaps left out."""
     half = len(values) // 80
     if half < 1:
@@ -86,7 +86,7 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
     return np.where(known, total / np.maximum(np.convolve(known.astype(float), kernel, "same"), 1), np.nan)
 
 
-def _panel(
+def panel(
     axes: Axes,
     title: str,
     lines: list[tuple[str, Series, str]],
@@ -102,7 +102,7 @@ def _panel(
         marker = "o" if marks or len(steps) == 1 else None
         if smooth and len(values) >= 80:
             axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-            values = _smoothed(values)
+            values = smoothed(values)
         axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=3.5, label=name)
     axes.set_title(title, fontsize=9, color=INK, loc="left")
     axes.tick_params(labelsize=8, colors=MUTED, length=0)

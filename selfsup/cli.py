@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from selfsup import cli_eval, cli_jobs
+from selfsup import cli_advice, cli_eval, cli_jobs
 from selfsup import config as configuration
 from selfsup.cli_eval import EVALUATIONS
 from selfsup.errors import EarlyStop, RankLost, UserError
@@ -204,6 +204,7 @@ def recipes(
 
 
 cli_jobs.register(app, EVALUATIONS, _periodic)
+cli_advice.register(app)
 
 
 def main() -> None:

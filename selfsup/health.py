@@ -7,9 +7,13 @@ between image and prototype, H(mean over the batch) - mean H, goes to 0, and the
 """
 
 from collections import deque
+from collections.abc import Mapping
 
 PATIENCE = 20
 """Steps in a row before a verdict is given."""
+
+GRACE = 20
+"""Steps at the beginning that are not judged."""
 
 INFORMATION = 0.02
 """Nats; a healthy run has tenths of a nat within its first dozens of steps."""
@@ -18,23 +22,30 @@ FEATURE_STD = 0.05
 """Of l2-normalised features times sqrt(D); 1 for features spread evenly over the sphere, 0 for constant ones."""
 
 
+SLOW_DATA = 0.2
+"""Part of the time spent waiting for data above which a run says what to change."""
+
+
+def collapse_of(health: Mapping[str, float]) -> str:
+    """'ok' or the kind of collapse that one step's figures show.
+
+    health: teacher_entropy (fraction of ln K), information (nats), feature_std, as far as the method has them.
+    """
+    if health.get("information", 1.0) < INFORMATION:
+        return "collapse: uniform" if health.get("teacher_entropy", 0.0) > 0.5 else "collapse: constant"
+    return "collapse: features" if health.get("feature_std", 1.0) < FEATURE_STD else "ok"
+
+
 class CollapseMonitor:
     """Names a collapse once it has lasted PATIENCE steps; steps before `grace` are not judged."""
 
-    def __init__(self, grace: int = 20) -> None:
+    def __init__(self, grace: int = GRACE) -> None:
         self.grace = grace
         self._verdicts: deque[str] = deque(maxlen=PATIENCE)
 
     def judge(self, step: int, health: dict[str, float]) -> str:
-        """'ok', 'collapse: uniform', 'collapse: constant' or 'collapse: features'.
-
-        health: teacher_entropy (fraction of ln K), information (nats), feature_std.
-        """
-        verdict = "ok"
-        if health.get("information", 1.0) < INFORMATION and step >= self.grace:
-            verdict = "collapse: uniform" if health.get("teacher_entropy", 0.0) > 0.5 else "collapse: constant"
-        elif health.get("feature_std", 1.0) < FEATURE_STD and step >= self.grace:
-            verdict = "collapse: features"
+        """'ok', 'collapse: uniform', 'collapse: constant' or 'collapse: features'; health: as `collapse_of` takes it."""
+        verdict = collapse_of(health) if step >= self.grace else "ok"
         self._verdicts.append(verdict)
         if verdict != "ok" and len(self._verdicts) == PATIENCE and all(v != "ok" for v in self._verdicts):
             return verdict
@@ -53,4 +64,10 @@ ADVICE = {
     "collapse: uniform": "the teacher's output is uniform; lower method.teacher_temp, or warm it up for longer",
     "collapse: constant": "every image gets the same prototype; check method.center_momentum, lower the learning rate",
     "collapse: features": "features no longer depend on the image; lower the learning rate, check the crops",
+    "diverges": "lower the learning rate, warm it up for longer, clip gradients; a new run with init_from=RUN goes on from here",
+    "refuses steps": "loss or gradients were not finite; selfsup replay RUN/refused shows where; lower the learning rate, or "
+    "use precision=fp32",
+    "flat loss": "nothing is learned; check the learning rate and its warm-up, what is frozen, and that the views differ",
+    "starves for data": "raise workers; store smaller images, on a local disk; selfsup doctor DATA tells what an image costs",
 }
+"""What to change, by what is wrong. RUN stands for the run's folder."""

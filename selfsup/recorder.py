@@ -14,13 +14,10 @@ from torch import Tensor
 from selfsup import dist
 from selfsup.config import Config
 from selfsup.errors import UserError
-from selfsup.health import ADVICE, CollapseMonitor
+from selfsup.health import ADVICE, SLOW_DATA, CollapseMonitor
 from selfsup.log import MetricsLog, Progress, TensorBoard
 from selfsup.schedules import Plan
 from selfsup.spikes import SpikeDetector
-
-SLOW_DATA = 0.2
-"""Part of the time spent waiting for data above which the run says what to change."""
 
 
 @dataclass

@@ -19,15 +19,16 @@ LEVELS = [
     {"errors", "wording", "schema", "config", "randomness", "schedules", "dist", "ema", "heads", "batchnorm", "losses"}
     | {"optim", "optim_state", "durable", "tensorfile", "spikes", "early_stopping", "guard"},
     {"checkpoint", "checkpoint_writer", "log", "health", "runtime", "placement", "runfolder", "status", "signals"}
-    | {"recorder", "profile"},
+    | {"recorder", "profile", "diagnosis"},
     {"backbones", "data", "classifier"},
-    {"methods", "recipes", "initialise", "replay", "exits"},
+    {"methods", "recipes", "initialise", "replay", "exits", "doctor"},
     {"run", "train"},
     {"eval", "launch"},
-    {"cli", "cli_eval", "cli_jobs", "demo"},
+    {"cli", "cli_eval", "cli_jobs", "cli_advice", "demo"},
 ]
 LEVEL = {part: n for n, parts in enumerate(LEVELS) for part in parts}
-LAZY_TOP = {"", "cli", "cli_eval", "cli_jobs", "demo"}  # may reach eval, launch and the trainer, inside functions only
+# may reach eval, launch and the trainer, inside functions only
+LAZY_TOP = {"", "cli", "cli_eval", "cli_jobs", "cli_advice", "demo"}
 NO_TORCH = {
     "",
     "errors",
@@ -37,6 +38,7 @@ NO_TORCH = {
     "cli",
     "cli_eval",
     "cli_jobs",
+    "cli_advice",
     "recipes",
     "guard",
     "durable",

@@ -69,6 +69,12 @@ class ZipSource(Source):
         data = self._unpack(i)
         return decode(data, self.channels, self.config.max_pixels, self.config.value_range)
 
+    def raw(self, i: int) -> bytes:
+        return self._unpack(i)
+
+    def stored_bytes(self, i: int) -> int:
+        return int(self._table[i, 2])
+
     def _unpack(self, i: int) -> bytes:
         offset, stored, unpacked, checksum, deflated = self._table[i].tolist()
         if offset < 0 or offset + stored > self._size:

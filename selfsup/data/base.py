@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -40,6 +40,19 @@ class Source(ABC):
     @abstractmethod
     def read(self, i: int) -> Pixels:
         """Image i, decoded; raises BadImage(reason)."""
+
+    def raw(self, i: int) -> Any:
+        """What is stored for image i, before it is decoded: a file's bytes, or what a data set gives; raises BadImage."""
+        return self.read(i)
+
+    def stored_bytes(self, i: int) -> int | None:
+        """Size of image i's file, without reading it; -1 if it is not there, None where there are no files."""
+        return None
+
+    @property
+    def labels_at_hand(self) -> bool:
+        """Whether `labels` is known without reading the images."""
+        return True
 
     @abstractmethod
     def name(self, i: int) -> str:
@@ -91,6 +104,14 @@ class Names:
 def text(name: bytes) -> str:
     """A file name for people: what cannot be printed is escaped."""
     return printable(os.fsdecode(name))
+
+
+def size_of(path: str | bytes) -> int:
+    """Bytes of a file, by its name alone; -1 if it is none."""
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):
+        return -1
 
 
 def retried(function: Callable[[], T]) -> T:

@@ -42,11 +42,17 @@ class DatasetSource(Source):
         return len(self.dataset)
 
     def read(self, i: int) -> Pixels:
+        return self._convert(self.raw(i))
+
+    def raw(self, i: int) -> Any:
         try:
-            image, _ = _parts(self.dataset[i])
+            return _parts(self.dataset[i])[0]
         except (OSError, SyntaxError, EOFError) as error:  # what decoders raise; anything else is a defect to be seen
             raise BadImage(f"broken: {one_line(error)}") from None
-        return self._convert(image)
+
+    @property
+    def labels_at_hand(self) -> bool:
+        return self._labels_known or _attribute_labels(self.dataset) is not None
 
     def _convert(self, image: Any) -> Pixels:
         limit, value_range = self.config.max_pixels, self.config.value_range

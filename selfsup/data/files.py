@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from selfsup.config import DataConfig
-from selfsup.data.base import Names, Source, retried, text
+from selfsup.data.base import Names, Source, retried, size_of, text
 from selfsup.data.decode import SUFFIXES, Pixels, decode, read_file
 from selfsup.errors import UserError
 from selfsup.wording import one_line
@@ -48,10 +48,19 @@ class FolderSource(Source):
         return len(self._names)
 
     def read(self, i: int) -> Pixels:
-        return _read_file(os.path.join(self.root, self._names[i]), self)
+        return _read_file(self._path(i), self)
+
+    def raw(self, i: int) -> bytes:
+        return _bytes_of(self._path(i), self)
+
+    def stored_bytes(self, i: int) -> int:
+        return size_of(self._path(i))
+
+    def _path(self, i: int) -> bytes:
+        return os.path.join(self.root, self._names[i])
 
     def name(self, i: int) -> str:
-        return text(os.path.join(self.root, self._names[i]))
+        return text(self._path(i))
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -117,6 +126,12 @@ class ListSource(Source):
     def read(self, i: int) -> Pixels:
         return _read_file(self._path(i), self)
 
+    def raw(self, i: int) -> bytes:
+        return _bytes_of(self._path(i), self)
+
+    def stored_bytes(self, i: int) -> int:
+        return size_of(self._path(i))
+
     def name(self, i: int) -> str:
         return text(self._path(i))
 
@@ -139,9 +154,12 @@ def _split_line(line: bytes) -> tuple[bytes, bytes]:
     return line.strip(), b""
 
 
+def _bytes_of(path: bytes, source: Source) -> bytes:
+    return retried(lambda: read_file(path, source.channels, source.config.max_pixels))
+
+
 def _read_file(path: bytes, source: Source) -> Pixels:
-    channels, limit = source.channels, source.config.max_pixels
-    return decode(retried(lambda: read_file(path, channels, limit)), channels, limit, source.config.value_range)
+    return decode(_bytes_of(path, source), source.channels, source.config.max_pixels, source.config.value_range)
 
 
 def _walk(root: bytes) -> Iterator[bytes]:

@@ -80,6 +80,16 @@ class Subset(Source):
     def read(self, i: int) -> Pixels:
         return self.source.read(int(self.indices[i]))
 
+    def raw(self, i: int) -> Any:
+        return self.source.raw(int(self.indices[i]))
+
+    def stored_bytes(self, i: int) -> int | None:
+        return self.source.stored_bytes(int(self.indices[i]))
+
+    @property
+    def labels_at_hand(self) -> bool:
+        return self.source.labels_at_hand
+
     def name(self, i: int) -> str:
         return self.source.name(int(self.indices[i]))
 

@@ -75,7 +75,7 @@ def test_series_reads_nested_keys_gaps_and_text():
     assert steps.tolist() == [10, 20, 30] and np.isnan(loss[1]) and loss[2] == 2.0
     assert curves._series(lines, "eval.knn_top1", 100)[1].tolist() == [50.0, 81.0]
     assert np.isnan(curves._series(lines, "health.kl")[1][1]) and len(curves._series(lines, "health.state")[0]) == 0
-    smooth = curves._smoothed(np.where(np.arange(400) % 7 == 3, np.nan, 5.0))
+    smooth = curves.smoothed(np.where(np.arange(400) % 7 == 3, np.nan, 5.0))
     assert np.nanmax(np.abs(smooth - 5)) < 1e-9 and np.isnan(smooth[3])
 
 

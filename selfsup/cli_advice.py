@@ -1,0 +1,55 @@
+"""The verbs that give advice: doctor, before a run; health, during and after it. Registered in `selfsup.cli`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from selfsup.errors import UserError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs."""
+
+    @app.command()
+    def doctor(
+        data: Annotated[
+            str | None,
+            typer.Argument(help="What data= would be: a folder, a list, a .zip, demo, torchvision:NAME:ROOT."),
+        ] = None,
+        as_json: Annotated[bool, typer.Option("--json", help="One object, for programs.")] = False,
+        sample: Annotated[int, typer.Option(min=1, help="At most so many images are decoded.")] = 500,
+        seconds: Annotated[
+            float, typer.Option(min=0.1, help="Of looking for duplicates, and again of decoding.")
+        ] = 30.0,
+        out: Annotated[Path, typer.Option(help="Where the run folder will be: its disk is looked at.")] = Path("runs"),
+    ) -> None:
+        """Look at images and at this machine and propose a recipe, with reasons and a command; without DATA the machine alone."""
+        from selfsup import doctor as examining
+
+        examining.run(data, as_json=as_json, sample=sample, seconds=seconds, out=out)
+
+    @app.command()
+    def health(
+        run: Annotated[Path, typer.Argument(help="The run folder, of a run that goes on or is over.")],
+        as_json: Annotated[bool, typer.Option("--json", help="One object, for programs.")] = False,
+        picture: Annotated[bool, typer.Option(help="Draw RUN/health.png.")] = True,
+        check: Annotated[
+            bool, typer.Option("--check", help="Exit 2 if there is a problem; otherwise the exit code is 0.")
+        ] = False,
+    ) -> None:
+        """Say whether a run collapses, diverges, refuses steps, starves for data or is fine, since when, and what to change."""
+        from selfsup.eval import health as judging
+
+        judging.run(run, _state(run), as_json=as_json, picture=picture, check=check)
+
+
+def _state(run: Path) -> str | None:
+    """As `selfsup status` says; None for a folder that it does not know."""
+    from selfsup.launch import status
+
+    try:
+        found = status.describe([run])
+    except UserError:
+        return None
+    return found[0].state if len(found) == 1 else None
