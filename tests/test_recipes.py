@@ -145,3 +145,25 @@ def test_scaling_vit_is_the_paper() -> None:
     assert (rate["wd"](9), rate["wd_head"](9)) == (0.03, 3.0) and config.optimizer.name == "adafactor"
     assert config.backbone.options["global_pool"] == "map" and config.backbone.options["class_token"] is False
     assert (config.method.options["loss"], config.method.options["sum_classes"]) == ("sigmoid", True)
+
+
+def test_ijepa_vith14_is_the_published_recipe() -> None:
+    """The published code's configs/in1k_vith14_ep300.yaml: 300 epochs of 2048, one plain crop, four targets."""
+    config = methods.complete(load("ijepa_vith14"))
+    length = schedules.plan(config, IMAGENET)
+    rate = schedules.optimizer_schedules(config, length)
+    per_epoch, o = IMAGENET / 2048, config.method.options
+    assert config.backbone.name == "vit_huge_patch14_224" and length.steps == pytest.approx(300 * per_epoch, abs=1)
+    assert rate["lr"](0) == pytest.approx(0.0002) and rate["lr"](round(40 * per_epoch) - 1) == pytest.approx(0.001)
+    assert rate["lr"](length.steps) == pytest.approx(1e-6)
+    assert (rate["wd"](0), rate["wd"](length.steps)) == pytest.approx((0.04, 0.4)) and config.optimizer.clip is None
+    assert (o["targets"], o["predictor_dim"], o["predictor_depth"]) == (4, 384, 12)
+    assert [tuple(o[key]) for key in ("target_scale", "target_ratio", "context_scale")] == [
+        (0.15, 0.2),
+        (0.75, 1.5),
+        (0.85, 1.0),
+    ]
+    assert (o["momentum"], o["momentum_end"], o["loss"]) == (0.996, 1.0, "smooth_l1")
+    crops = config.views.global_
+    assert (crops.count, crops.size, crops.scale, crops.hflip, crops.jitter) == (1, 224, (0.3, 1.0), 0.0, 0.0)
+    assert (crops.grayscale, crops.blur, crops.solarize, config.views.local.count) == (0.0, 0.0, 0.0, 0)

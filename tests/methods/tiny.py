@@ -61,6 +61,14 @@ METHOD_OPTIONS = {
         "method.ema=0.9",
         SECOND_STUDENT,
     ],
+    "ijepa": [
+        "views.global.count=1",
+        "views.global.blur=0",
+        "views.global.solarize=0",
+        "method.predictor_dim=24",
+        "method.predictor_depth=2",
+        "method.min_context=4",
+    ],
     "supervised": [
         "method.label_smoothing=0.1",
         "method.ema=0.9",
