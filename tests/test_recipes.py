@@ -167,3 +167,23 @@ def test_ijepa_vith14_is_the_published_recipe() -> None:
     crops = config.views.global_
     assert (crops.count, crops.size, crops.scale, crops.hflip, crops.jitter) == (1, 224, (0.3, 1.0), 0.0, 0.0)
     assert (crops.grayscale, crops.blur, crops.solarize, config.views.local.count) == (0.0, 0.0, 0.0, 0)
+
+
+def test_msn_vits16_is_the_published_recipe() -> None:
+    """The published code's configs/pretrain/msn_vits16.yaml: 800 epochs of 16 x 64, one masked view, ten of 96 pixels."""
+    config = methods.complete(load("msn_vits16"))
+    length = schedules.plan(config, IMAGENET)
+    rate = schedules.optimizer_schedules(config, length)
+    per_epoch, o = IMAGENET / 1024, config.method.options
+    assert length.steps == pytest.approx(800 * per_epoch, abs=1)
+    assert rate["lr"](0) == pytest.approx(0.0002) and rate["lr"](round(15 * per_epoch) - 1) == pytest.approx(0.001)
+    assert (rate["wd"](0), rate["wd"](length.steps)) == pytest.approx((0.04, 0.4))
+    assert (o["prototypes"], o["hidden_dim"], o["output_dim"], o["head_batch_norm"]) == (1024, 2048, 256, True)
+    assert (o["temperature"], o["sharpening"], o["mean_entropy_weight"], o["entropy_weight"]) == (0.1, 0.25, 1.0, 0.0)
+    assert (o["mask_ratio"], o["sinkhorn"], o["momentum"], o["momentum_end"]) == (0.15, 3, 0.996, 1.0)
+    first, local = config.views.global_, config.views.local
+    assert (first.count, first.size, first.scale) == (2, 224, (0.3, 1.0))
+    assert (local.count, local.size, local.scale) == (10, 96, (0.05, 0.3))
+    for crops in (first, local):
+        assert (crops.brightness, crops.contrast, crops.saturation, crops.hue) == (0.4, 0.4, 0.4, 0.1)
+        assert (crops.jitter, crops.grayscale, crops.blur, crops.solarize) == (0.8, 0.2, 0.5, 0.0)

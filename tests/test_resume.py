@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from selfsup.config import dump, load
-from selfsup.methods import METHODS
+from selfsup.methods import METHODS, find
 from tests.faults.lab import checkpoints, ended, log, weights
 from tests.faults.zygote import Process, Zygote
 from tests.methods.tiny import METHOD_OPTIONS, TINY_RUN, TINY_VIT, write_images
@@ -25,7 +25,7 @@ SEED = int(os.environ.get("SELFSUP_TEST_SEED") or time.time_ns() % 1_000_000)
 IMAGES, BATCH = 40, 16  # 2.5 steps an epoch
 STEPS = 12
 TOLERANCE = 1e-4
-"""Largest difference of a loss, absolute, after a resume at another world size; for so many steps:"""
+"""Largest difference of a loss, relative if it is above 1, after a resume at another world size; for so many steps:"""
 AFTER = 20
 
 
@@ -114,6 +114,8 @@ MATRIX = [
 @pytest.mark.parametrize(("precision", "accumulate", "world"), MATRIX)
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_resume_is_bitwise(lab: Lab, tmp_path: Path, method: str, precision: str, accumulate: int, world: int) -> None:
+    if hasattr(find(method), "whole_batch"):
+        accumulate = 1  # more is refused
     case = f"{method}_{precision}_{accumulate}_{world}"
     draw = random.Random(f"{SEED} {case}")
     recipe = lab.recipe(case, method, f"precision={precision}", f"accumulate={accumulate}")
@@ -123,7 +125,7 @@ def test_resume_is_bitwise(lab: Lab, tmp_path: Path, method: str, precision: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"deit"}))  # which is a ViT's
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"deit", "ijepa", "msn"}))  # which are a ViT's
 def test_resume_is_bitwise_with_batch_norm(lab: Lab, tmp_path: Path, method: str) -> None:
     """Running statistics, which two ranks compute together; convolutions, whose moments are channels-last."""
     case = f"{method}_batch_norm"
@@ -153,7 +155,8 @@ def test_resume_at_another_world_size(lab: Lab, tmp_path: Path, method: str, bef
     assert f"not bitwise: world_size {before} -> {after}" in process.stderr()
     ours, theirs = log(tmp_path / "parts"), log(tmp_path / "whole")
     assert ours[:stop] == theirs[:stop] and len(ours) == len(theirs) == steps
-    differences = [abs(a["loss"] - b["loss"]) for a, b in zip(ours[stop:], theirs[stop:])][:AFTER]
+    pairs = [(a["loss"], b["loss"]) for a, b in zip(ours[stop:], theirs[stop:])][:AFTER]
+    differences = [abs(a - b) / max(1, abs(b)) for a, b in pairs]
     print(f"largest difference of {AFTER} losses after step {stop}: {max(differences):.1e}")
     assert len(differences) == AFTER and max(differences) <= TOLERANCE, f"stopped at {stop}; SELFSUP_TEST_SEED={SEED}"
     assert len({a["loss"] for a in ours[stop:]}) == len(ours) - stop  # it learns, so there is something to compare

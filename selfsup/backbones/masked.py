@@ -62,12 +62,21 @@ def encode_visible(backbone: "Backbone", images: Tensor, keep: Tensor) -> Tensor
     The others are never computed. CLS, registers and a distillation token come first. Where the model normalises after
     pooling (fc_norm), that norm is the final one.
     """
+    return final_norm(backbone, _visible(backbone, images, keep))
+
+
+def embed_visible(backbone: "Backbone", images: Tensor, keep: Tensor) -> Tensor:
+    """`Features.pooled` [B, D] of images of which the patches `keep` (int64 [B, k]) alone are seen."""
+    return backbone.model.forward_head(_visible(backbone, images, keep))  # type: ignore[operator]
+
+
+def _visible(backbone: "Backbone", images: Tensor, keep: Tensor) -> Tensor:
     model = _start(backbone, images)
     x = model._pos_embed(packed._patches(model.patch_embed, images))  # [B, prefix + T, D]
     prefix = model.num_prefix_tokens
     patches = x[:, prefix:].gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))  # [B, k, D]
     x = torch.cat([x[:, :prefix], patches], dim=1) if prefix else patches
-    return final_norm(backbone, model.norm(_blocks(model, model.norm_pre(x))))
+    return model.norm(_blocks(model, model.norm_pre(x)))
 
 
 def final_norm(backbone: "Backbone", tokens: Tensor) -> Tensor:

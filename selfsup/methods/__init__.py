@@ -16,6 +16,7 @@ METHODS = {
     "dino": "selfsup.methods.dino:DINO",
     "distill": "selfsup.methods.distill:Distill",
     "ijepa": "selfsup.methods.ijepa:IJEPA",
+    "msn": "selfsup.methods.msn:MSN",
     "supervised": "selfsup.methods.supervised:Supervised",
 }
 

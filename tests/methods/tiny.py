@@ -69,6 +69,15 @@ METHOD_OPTIONS = {
         "method.predictor_depth=2",
         "method.min_context=4",
     ],
+    "msn": [
+        "method.prototypes=32",
+        "method.hidden_dim=48",
+        "method.output_dim=16",
+        "method.head_batch_norm=false",
+        "method.mask_ratio=0.4",
+        "method.sinkhorn=3",
+        "method.entropy_weight=0.1",
+    ],
     "supervised": [
         "method.label_smoothing=0.1",
         "method.ema=0.9",
