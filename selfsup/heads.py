@@ -1,6 +1,7 @@
 """Projection heads."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,21 @@ class Prototypes(nn.Module):
         return (self.weight_v.detach(), self.weight_g.detach()) if frozen else (self.weight_v, self.weight_g)
 
 
+def mlp(dims: Sequence[int], batch_norm: bool) -> nn.Sequential:
+    """Linear layers from dims[0] to dims[-1] with GELU between them, and batch norm before it if asked for."""
+    modules: list[nn.Module] = []
+    for i, (a, b) in enumerate(itertools.pairwise(dims), start=2):
+        linear = nn.Linear(a, b)
+        nn.init.trunc_normal_(linear.weight, std=0.02)
+        nn.init.zeros_(linear.bias)
+        modules.append(linear)
+        if i < len(dims):
+            if batch_norm:
+                modules.append(nn.BatchNorm1d(b))
+            modules.append(nn.GELU())
+    return nn.Sequential(*modules)
+
+
 class DINOHead(nn.Module):
     """MLP with GELU, a bottleneck that is l2-normalised, and prototypes (Caron et al., 2021, section 3.2 and appendix C)."""
 
@@ -48,18 +64,7 @@ class DINOHead(nn.Module):
         norm_last_layer: bool = True,
     ) -> None:
         super().__init__()
-        dims = [in_dim] + [hidden_dim] * (layers - 1) + [bottleneck_dim]
-        modules: list[nn.Module] = []
-        for i, (a, b) in enumerate(itertools.pairwise(dims)):
-            linear = nn.Linear(a, b)
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
-            modules.append(linear)
-            if i < layers - 1:
-                if batch_norm:
-                    modules.append(nn.BatchNorm1d(b))
-                modules.append(nn.GELU())
-        self.mlp = nn.Sequential(*modules)
+        self.mlp = mlp([in_dim] + [hidden_dim] * (layers - 1) + [bottleneck_dim], batch_norm)
         self.last_layer = Prototypes(bottleneck_dim, out_dim, normalised=norm_last_layer)
 
     def forward(self, x: Tensor, frozen_prototypes: bool = False) -> Tensor:

@@ -79,7 +79,9 @@ def test_draws_of_torchvision_are_recorded_and_made_again(tmp_path: Path, monkey
     def crops(image):
         out = []
         for size in (224, 224, 96, 96):
-            x = transforms.RandomResizedCrop(size, scale=(0.1, 1), interpolation=transforms.InterpolationMode.BICUBIC)(image)
+            x = transforms.RandomResizedCrop(size, scale=(0.1, 1), interpolation=transforms.InterpolationMode.BICUBIC)(
+                image
+            )
             x = transforms.RandomGrayscale(0.3)(jitter(transforms.RandomHorizontalFlip(0.5)(x)))
             x = x.filter(utils.ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2)))
             x = utils.ImageOps.solarize(x) if random.random() < 0.3 else x

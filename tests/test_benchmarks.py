@@ -158,7 +158,9 @@ def test_rows_are_json_and_start_from_one_state():
 @pytest.mark.slow
 def test_step_against_lightly(tmp_path: Path):
     """Processes, pipes, equality of loss and gradients, counts, memory, table and picture; too few pairs to claim."""
-    job = run.Job("tiny", "lightly", TINY.title, 1.0, lambda machine, tick: step.Bench(machine).measure(TINY, "lightly", tick))
+    job = run.Job(
+        "tiny", "lightly", TINY.title, 1.0, lambda machine, tick: step.Bench(machine).measure(TINY, "lightly", tick)
+    )
     results = run.run([job], {}, threads=1, pairs=2)
     (result,) = results
     assert result.claim == "2 pairs are too few, nothing claimed" or result.claim.startswith("too noisy"), result

@@ -113,7 +113,11 @@ def edit(folder: Path, **changes: Any) -> None:
 def test_a_newer_format_is_refused_in_words(run: Path) -> None:
     folder = run / "checkpoints" / STEP
     edit(folder, format=checkpoint.FORMAT + 1)
-    with pytest.raises(checkpoint.InvalidCheckpoint, match=rf"format {checkpoint.FORMAT + 1} is newer than this version"):
+    with pytest.raises(
+        checkpoint.InvalidCheckpoint, match=rf"format {checkpoint.FORMAT + 1} is newer than this version"
+    ):
         checkpoint.verify(folder)
-    with pytest.raises(UserError, match="update selfsup"):  # and not passed over: what a later version did is not undone
+    with pytest.raises(
+        UserError, match="update selfsup"
+    ):  # and not passed over: what a later version did is not undone
         checkpoint.newest_valid(run / "checkpoints")

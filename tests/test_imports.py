@@ -16,7 +16,20 @@ FOLDERS = {"selfsup": ROOT / "selfsup", "selfsup.eval": ROOT / "eval", "selfsup.
 
 # A part may import parts of its own level and below, except as FORBIDDEN says.
 LEVELS = [
-    {"errors", "wording", "schema", "config", "randomness", "schedules", "dist", "ema", "heads", "batchnorm", "losses"}
+    {
+        "errors",
+        "wording",
+        "schema",
+        "config",
+        "randomness",
+        "schedules",
+        "dist",
+        "ema",
+        "heads",
+        "predictors",
+        "batchnorm",
+        "losses",
+    }
     | {"optim", "optim_state", "durable", "tensorfile", "spikes", "early_stopping", "guard"},
     {"checkpoint", "checkpoint_writer", "log", "health", "runtime", "placement", "runfolder", "status", "signals"}
     | {"recorder", "profile", "diagnosis"},

@@ -229,3 +229,45 @@ def test_swav_resnet50_crops() -> None:
     local = config.views.local
     assert (local.count, local.size, local.scale, local.blur) == (6, 96, (0.05, 0.14), 0.5)
     assert schedules.optimizer_schedules(config, schedules.plan(config, IMAGENET))["lr"](0) == pytest.approx(0.3)
+
+
+def test_ijepa_vith14_is_the_published_recipe() -> None:
+    """The published code's configs/in1k_vith14_ep300.yaml: 300 epochs of 2048, one plain crop, four targets."""
+    config = methods.complete(load("ijepa_vith14"))
+    length = schedules.plan(config, IMAGENET)
+    rate = schedules.optimizer_schedules(config, length)
+    per_epoch, o = IMAGENET / 2048, config.method.options
+    assert config.backbone.name == "vit_huge_patch14_224" and length.steps == pytest.approx(300 * per_epoch, abs=1)
+    assert rate["lr"](0) == pytest.approx(0.0002) and rate["lr"](round(40 * per_epoch) - 1) == pytest.approx(0.001)
+    assert rate["lr"](length.steps) == pytest.approx(1e-6)
+    assert (rate["wd"](0), rate["wd"](length.steps)) == pytest.approx((0.04, 0.4)) and config.optimizer.clip is None
+    assert (o["targets"], o["predictor_dim"], o["predictor_depth"]) == (4, 384, 12)
+    assert [tuple(o[key]) for key in ("target_scale", "target_ratio", "context_scale")] == [
+        (0.15, 0.2),
+        (0.75, 1.5),
+        (0.85, 1.0),
+    ]
+    assert (o["momentum"], o["momentum_end"], o["loss"]) == (0.996, 1.0, "smooth_l1")
+    crops = config.views.global_
+    assert (crops.count, crops.size, crops.scale, crops.hflip, crops.jitter) == (1, 224, (0.3, 1.0), 0.0, 0.0)
+    assert (crops.grayscale, crops.blur, crops.solarize, config.views.local.count) == (0.0, 0.0, 0.0, 0)
+
+
+def test_msn_vits16_is_the_published_recipe() -> None:
+    """The published code's configs/pretrain/msn_vits16.yaml: 800 epochs of 16 x 64, one masked view, ten of 96 pixels."""
+    config = methods.complete(load("msn_vits16"))
+    length = schedules.plan(config, IMAGENET)
+    rate = schedules.optimizer_schedules(config, length)
+    per_epoch, o = IMAGENET / 1024, config.method.options
+    assert length.steps == pytest.approx(800 * per_epoch, abs=1)
+    assert rate["lr"](0) == pytest.approx(0.0002) and rate["lr"](round(15 * per_epoch) - 1) == pytest.approx(0.001)
+    assert (rate["wd"](0), rate["wd"](length.steps)) == pytest.approx((0.04, 0.4))
+    assert (o["prototypes"], o["hidden_dim"], o["output_dim"], o["head_batch_norm"]) == (1024, 2048, 256, True)
+    assert (o["temperature"], o["sharpening"], o["mean_entropy_weight"], o["entropy_weight"]) == (0.1, 0.25, 1.0, 0.0)
+    assert (o["mask_ratio"], o["sinkhorn"], o["momentum"], o["momentum_end"]) == (0.15, 3, 0.996, 1.0)
+    first, local = config.views.global_, config.views.local
+    assert (first.count, first.size, first.scale) == (2, 224, (0.3, 1.0))
+    assert (local.count, local.size, local.scale) == (10, 96, (0.05, 0.3))
+    for crops in (first, local):
+        assert (crops.brightness, crops.contrast, crops.saturation, crops.hue) == (0.4, 0.4, 0.4, 0.1)
+        assert (crops.jitter, crops.grayscale, crops.blur, crops.solarize) == (0.8, 0.2, 0.5, 0.0)

@@ -29,7 +29,11 @@ FORBIDDEN = {
     **{f"subprocess.{name}": "runs a shell" for name in ("getoutput", "getstatusoutput")},
     "shutil.unpack_archive": "writes where an archive says",
 }
-METHODS = {"extractall": "writes where an archive says", "extract": "writes where an archive says", "read_pickle": "unpickles"}
+METHODS = {
+    "extractall": "writes where an archive says",
+    "extract": "writes where an archive says",
+    "read_pickle": "unpickles",
+}
 """Forbidden whatever they are called on, but for modules of ours."""
 KEYWORDS = {"shell": "False", "allow_pickle": "False", "weights_only": "True", "trust_remote_code": "False"}
 """The one value each may have, in any call."""
@@ -45,10 +49,14 @@ def _found(tree: ast.AST) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                known[alias.asname or alias.name.split(".")[0]] = alias.name if alias.asname else alias.name.split(".")[0]
+                known[alias.asname or alias.name.split(".")[0]] = (
+                    alias.name if alias.asname else alias.name.split(".")[0]
+                )
         elif isinstance(node, ast.ImportFrom):
             for alias in node.names:
-                known[alias.asname or alias.name] = f"selfsup.{alias.name}" if node.level else f"{node.module}.{alias.name}"
+                known[alias.asname or alias.name] = (
+                    f"selfsup.{alias.name}" if node.level else f"{node.module}.{alias.name}"
+                )
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             for alias in node.names:
                 name = alias.name if isinstance(node, ast.Import) else f"{node.module}.{alias.name}"

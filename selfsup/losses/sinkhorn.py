@@ -43,5 +43,5 @@ def sinkhorn_knopp(
         columns = q.sum(0)
         reduce(columns, "sum")
         q /= columns
-        q /= q.sum(1, keepdim=True)
+        q /= q.sum(-1, keepdim=True)
     return q

@@ -36,7 +36,9 @@ def steps(source, start, end, views=VIEWS, **options):
 
 
 def assert_equal(a, b):
-    for x, y in zip([*a.crops, *a.params, a.ids, a.positions, a.labels], [*b.crops, *b.params, b.ids, b.positions, b.labels]):
+    for x, y in zip(
+        [*a.crops, *a.params, a.ids, a.positions, a.labels], [*b.crops, *b.params, b.ids, b.positions, b.labels]
+    ):
         assert x.dtype == y.dtype and torch.equal(x, y)
     assert a.bad == b.bad
 
@@ -272,7 +274,9 @@ def test_a_defect_in_a_worker_shows_its_traceback(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_workers_ignore_a_schedulers_signals_and_end_with_the_stream(tmp_path):
-    stream = Loader(wrap_dataset(Telling(tmp_path), channels=1), VIEWS, seed=0, global_batch=8, workers=2).stream(0, 200)
+    stream = Loader(wrap_dataset(Telling(tmp_path), channels=1), VIEWS, seed=0, global_batch=8, workers=2).stream(
+        0, 200
+    )
     first = next(stream)
     pids = [int(p.name) for p in tmp_path.iterdir()]
     assert first and len(pids) == 2 and os.getpid() not in pids
@@ -285,7 +289,9 @@ def test_workers_ignore_a_schedulers_signals_and_end_with_the_stream(tmp_path):
         for number in numbers:
             os.kill(pid, number)
     assert len(list(stream)) == 199  # they went on
-    stream = Loader(wrap_dataset(Telling(tmp_path), channels=1), VIEWS, seed=0, global_batch=8, workers=2).stream(0, 200)
+    stream = Loader(wrap_dataset(Telling(tmp_path), channels=1), VIEWS, seed=0, global_batch=8, workers=2).stream(
+        0, 200
+    )
     next(stream)
     stream.close()  # stopped early
     assert not any(alive(int(p.name)) for p in tmp_path.iterdir())
@@ -329,7 +335,9 @@ def test_the_trainers_handlers_still_work():
         os.kill(0, signal.SIGUSR1)  # the whole process group, as srun does
         assert len(list(stream)) == 4 and got == [1] and not signal.pthread_sigmask(signal.SIG_BLOCK, []), got
     """)
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, start_new_session=True, timeout=100)
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, start_new_session=True, timeout=100
+    )
     assert result.returncode == 0, result.stderr
 
 

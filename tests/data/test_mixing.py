@@ -100,7 +100,9 @@ def test_boxes_equal_torchvisions(monkeypatch):
         for value, (y, x), box in zip(lam, centre, cutmix_boxes(lam, centre, size)):
             drawn = iter([torch.tensor([int(x * size)]), torch.tensor([int(y * size)])])
             monkeypatch.setattr(torch, "randint", lambda *a, drawn=drawn, **k: next(drawn))
-            monkeypatch.setattr(theirs._dist, "sample", lambda shape, value=value: torch.tensor([value], dtype=torch.float64))
+            monkeypatch.setattr(
+                theirs._dist, "sample", lambda shape, value=value: torch.tensor([value], dtype=torch.float64)
+            )
             left, top, right, bottom = theirs.make_params([torch.empty(1, 3, size, size)])["box"]
             assert box.tolist() == [top, left, bottom, right]
 
@@ -355,7 +357,10 @@ def test_until():
     images, labels, positions = batch()
     assert ours(images, labels, positions, 30, encode, on=schedule(30))[0] is images
     assert ours(images, labels, positions, 10, encode, on=schedule(10))[0] is not images
-    assert mixer("mixup").schedules(Plan(100, 80, 8)) == {} and mixer("none", until="25%").schedules(Plan(100, 80, 8)) == {}
+    assert (
+        mixer("mixup").schedules(Plan(100, 80, 8)) == {}
+        and mixer("none", until="25%").schedules(Plan(100, 80, 8)) == {}
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- bad input

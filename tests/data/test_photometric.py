@@ -87,7 +87,9 @@ def test_single_operations(channels, make, size):
         check([image] * len(params), params, tolerance)
 
 
-@pytest.mark.parametrize("first", [{"gray": 1}, {"order": 0, "hue": 0.1}, {"order": 0, "contrast": 0.6}, {"sigma": 1.5}])
+@pytest.mark.parametrize(
+    "first", [{"gray": 1}, {"order": 0, "hue": 0.1}, {"order": 0, "contrast": 0.6}, {"sigma": 1.5}]
+)
 def test_an_operation_on_all_images_before_one_on_some(first):
     """A small batch can be all grey, and in part blurred or solarized; so can any batch where grey is certain."""
     p = PLAIN._replace(**first)
@@ -107,7 +109,9 @@ def test_untouched_images_stay_bit_for_bit(size):
 @pytest.mark.parametrize("make", [noise, smooth])
 def test_jitter_in_every_order(make, size):
     params = [
-        PLAIN._replace(order=o, brightness=1.3, contrast=0.7, saturation=1.15, hue=h) for o in range(24) for h in (-0.08, 0.1)
+        PLAIN._replace(order=o, brightness=1.3, contrast=0.7, saturation=1.15, hue=h)
+        for o in range(24)
+        for h in (-0.08, 0.1)
     ]
     check([make(3, size)] * len(params), params, 1.0)
 

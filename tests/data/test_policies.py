@@ -119,7 +119,9 @@ def test_any_number_of_workers_ranks_and_micro_batches(channels):
     whole = steps(source, 0, 3, chosen)
     assert_equal(whole[2][0], steps(source, 2, 3, chosen, workers=2)[0][0])
     for world, accumulate in ((2, 1), (2, 3)):
-        parts = [b for r in range(world) for b in steps(source, 2, 3, chosen, world=world, rank=r, accumulate=accumulate)[0]]
+        parts = [
+            b for r in range(world) for b in steps(source, 2, 3, chosen, world=world, rank=r, accumulate=accumulate)[0]
+        ]
         assert_equal(whole[2][0], joined(parts))
     plain = steps(source, 0, 3, views("none"))
     for with_policy, without in zip(whole, plain, strict=True):
@@ -161,7 +163,9 @@ for policy in ("none", "randaugment"):
 @pytest.mark.parametrize("channels", [2, 4, 13])
 def test_other_channels_are_refused(channels):
     source = wrap_dataset(torch.utils.data.TensorDataset(torch.rand(30, channels, 20, 24)), channels=channels)
-    with pytest.raises(UserError, match=rf"^views\.global\.policy=randaugment is for .* 1 or 3 .* {channels}; use .*policy=none"):
+    with pytest.raises(
+        UserError, match=rf"^views\.global\.policy=randaugment is for .* 1 or 3 .* {channels}; use .*policy=none"
+    ):
         Loader(source, views("randaugment"), seed=0, global_batch=8)
     with pytest.raises(UserError, match=rf"views\.local\.policy=autoaugment .* seen backbone\.in_chans={channels}"):
         load(None, ["views.local.policy=autoaugment", f"backbone.in_chans={channels}"])

@@ -282,9 +282,10 @@ ORIGINAL = "/usr/share/datasets/fashion-mnist"
 def test_the_bundled_images_are_the_original_ones():
     for spec, stem, count in (("demo:train", "train", 10_000), ("demo:val", "t10k", 2_000)):
         source = open_source(spec, channels=1)
-        with gzip.open(f"{ORIGINAL}/{stem}-images-idx3-ubyte.gz") as images, gzip.open(
-            f"{ORIGINAL}/{stem}-labels-idx1-ubyte.gz"
-        ) as classes:
+        with (
+            gzip.open(f"{ORIGINAL}/{stem}-images-idx3-ubyte.gz") as images,
+            gzip.open(f"{ORIGINAL}/{stem}-labels-idx1-ubyte.gz") as classes,
+        ):
             pixels = np.frombuffer(images.read(16 + count * 784), np.uint8, offset=16)
             labels = np.frombuffer(classes.read(8 + count), np.uint8, offset=8)
         for i in range(0, count, 97):
@@ -369,7 +370,9 @@ def write_fashion_mnist(root, count):
     pixels = b"".join(source.read(i).tobytes() for i in range(count))
     for stem in ("train", "t10k"):
         (folder / f"{stem}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, count, 28, 28) + pixels)
-        (folder / f"{stem}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + bytes(i % 10 for i in range(count)))
+        (folder / f"{stem}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">II", 2049, count) + bytes(i % 10 for i in range(count))
+        )
 
 
 @pytest.mark.parametrize("split", ["", ":train", ":val"])

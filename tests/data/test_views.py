@@ -118,7 +118,11 @@ def test_a_pure_function_of_its_key(views):
     order = np.random.default_rng(0).permutation(300)
     sizes = np.tile([[375, 500]], (300, 1))
     assert (draw(views[1], 0, np.full(300, 7), order, sizes) == rows[order]).all()
-    for other in (drawn(views[1], n=300, epoch=8), drawn(views[1], n=300, epoch=7, seed=1), drawn(views[3], n=300, epoch=7)):
+    for other in (
+        drawn(views[1], n=300, epoch=8),
+        drawn(views[1], n=300, epoch=7, seed=1),
+        drawn(views[3], n=300, epoch=7),
+    ):
         assert (column(other, "x") == column(rows, "x")).mean() < 0.1
         assert abs(np.corrcoef(column(other, "hflip"), column(rows, "hflip"))[0, 1]) < 0.25
     assert (column(rows, "hflip")[1:] == column(rows, "hflip")[:-1]).mean() == pytest.approx(0.5, abs=0.12)
@@ -128,7 +132,9 @@ def test_draws_are_uncorrelated(views):
     rows = drawn(views[2])[:, [0, 4, 7, 8, 11, 12]].astype(float)
     other = drawn(views[3])[:, [0, 4, 7, 8, 11, 12]].astype(float)
     correlation = np.corrcoef(np.hstack([rows, other]).T) - np.eye(12)
-    correlation[2, 3] = correlation[3, 2] = correlation[8, 9] = correlation[9, 8] = 0  # 1 together where there is no jitter
+    correlation[2, 3] = correlation[3, 2] = correlation[8, 9] = correlation[9, 8] = (
+        0  # 1 together where there is no jitter
+    )
     assert np.abs(correlation).max() < 0.04
 
 

@@ -97,7 +97,11 @@ def test_kill_9_at_random_moments(source):
     for step, (expected, batches) in enumerate(zip(alone, stream, strict=True)):
         assert len(batches) == 2
         for a, b in zip(expected, batches, strict=True):
-            assert torch.equal(a.ids, b.ids) and torch.equal(a.crops[0], b.crops[0]) and torch.equal(a.params[0], b.params[0])
+            assert (
+                torch.equal(a.ids, b.ids)
+                and torch.equal(a.crops[0], b.crops[0])
+                and torch.equal(a.params[0], b.params[0])
+            )
         if step % apart == 3:
             running = multiprocessing.active_children()
             pids |= {p.pid for p in running}
@@ -116,7 +120,9 @@ def test_announced_on_stderr_by_default(capfd):
     [process] = multiprocessing.active_children()
     kill(process)
     assert [int(x[0]) for x in stream] == list(range(1, 20))
-    assert capfd.readouterr().err.startswith(f"loader worker {process.pid} was killed by SIGKILL; its batches are made again")
+    assert capfd.readouterr().err.startswith(
+        f"loader worker {process.pid} was killed by SIGKILL; its batches are made again"
+    )
 
 
 def test_evaluation_goes_on_too(source, capfd):

@@ -65,7 +65,9 @@ def test_too_many_spikes(lab: Lab, tmp_path: Path) -> None:
     """Exit 2 with what may be changed; doing so goes on."""
     out = tmp_path / "run"
     faults = [("scale_loss", {"step": step, "factor": 1000.0}) for step in (12, 17)]
-    told(lab.run(out, *SPIKE, "spike.max_rollbacks=1", fault=faults, status=2), "step 17.*after 1 rollbacks", "--resume")
+    told(
+        lab.run(out, *SPIKE, "spike.max_rollbacks=1", fault=faults, status=2), "step 17.*after 1 rollbacks", "--resume"
+    )
     assert checkpoints(out)[-1] == 15
     lab.run(out, *SPIKE, "spike.max_rollbacks=2", fault=faults)
     assert [x["step"] for x in log(out) if x.get("left_out")] == [12, 17]

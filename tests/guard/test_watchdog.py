@@ -389,7 +389,11 @@ except RuntimeError as error:
         ("train(4); os.kill(os.getpid(), 9)", 1, r"lost: rank 1 \(host .*, pid \d+\) is gone: last seen in phase"),
         ("train(4); raise UserError('lower it')", 2, r"user error: rank 1 \(host .*, pid \d+\) ended: lower it"),
         ("train(4); raise KeyError('x')", 1, r"lost: rank 1 \(host .*, pid \d+\) ended: KeyError: 'x'"),
-        ("train(4); broken(RuntimeError('shapes'))", 1, r"lost: rank 1 \(host .*, pid \d+\) ended: RuntimeError: shapes"),
+        (
+            "train(4); broken(RuntimeError('shapes'))",
+            1,
+            r"lost: rank 1 \(host .*, pid \d+\) ended: RuntimeError: shapes",
+        ),
         ("train(4); time.sleep(1000)", 1, ""),
     ],
     ids=["killed", "user error", "bug", "bug that looks like a collective's", "neither"],

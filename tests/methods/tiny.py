@@ -66,6 +66,23 @@ METHOD_OPTIONS = {
     "mocov3": ["method.hidden_dim=48", "method.out_dim=16", "method.momentum=0.9"],
     "simclr": ["method.hidden_dim=48", "method.out_dim=16"],
     "supcon": ["method.hidden_dim=48", "method.out_dim=16"],
+    "ijepa": [
+        "views.global.count=1",
+        "views.global.blur=0",
+        "views.global.solarize=0",
+        "method.predictor_dim=24",
+        "method.predictor_depth=2",
+        "method.min_context=4",
+    ],
+    "msn": [
+        "method.prototypes=32",
+        "method.hidden_dim=48",
+        "method.output_dim=16",
+        "method.head_batch_norm=false",
+        "method.mask_ratio=0.4",
+        "method.sinkhorn=3",
+        "method.entropy_weight=0.1",
+    ],
     "supervised": [
         "method.label_smoothing=0.1",
         "method.ema=0.9",

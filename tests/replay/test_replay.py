@@ -193,7 +193,9 @@ def test_rows_of_a_former_version(images: Path, tmp_path: Path) -> None:
     made = Made(images)
     folder = made.keep(tmp_path / "refused")
     report = replay(folder)
-    tensors("batch.safetensors", lambda t: t.update({k: v[..., :14].clone() for k, v in t.items() if "params" in k}))(folder)
+    tensors("batch.safetensors", lambda t: t.update({k: v[..., :14].clone() for k, v in t.items() if "params" in k}))(
+        folder
+    )
     assert replay(folder) == report
 
 
