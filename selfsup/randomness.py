@@ -44,8 +44,20 @@ def keyed_uniform(key: int, index: Tensor) -> Tensor:
 
     key: from `mix`. index: any shape. The 24 bits used make every value exact in float32.
     """
+    return _shift(_keyed(key, index), 40).to(torch.float32) * (1.0 / (1 << 24))
+
+
+def keyed_integers(key: int, index: Tensor, below: int) -> Tensor:
+    """Uniform int64 in [0, below) for each int64 in `index`, on its device; bitwise equal on every device.
+
+    48 bits modulo `below`: for a hundred million values some are more likely than others by one in two millions.
+    """
+    return _shift(_keyed(key, index), 16) % below
+
+
+def _keyed(key: int, index: Tensor) -> Tensor:
+    """SplitMix64's number `index` of the sequence that begins at `key`: int64, all bits random."""
     h = (index + _signed(key)) * _signed(0x9E3779B97F4A7C15)
     h = (h ^ _shift(h, 30)) * _signed(0xBF58476D1CE4E5B9)
     h = (h ^ _shift(h, 27)) * _signed(0x94D049BB133111EB)
-    h = h ^ _shift(h, 31)
-    return _shift(h, 40).to(torch.float32) * (1.0 / (1 << 24))
+    return h ^ _shift(h, 31)

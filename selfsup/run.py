@@ -140,6 +140,7 @@ class Run:
             workers=config.workers,
             pin=device.type == "cuda",
             repeat=config.teacher.cache_epochs if config.teacher.cache is not None else None,
+            copies=config.data.copies,
         )
         if hasattr(method, "bind"):
             error: UserError | None = None

@@ -80,6 +80,9 @@ class DataConfig(Section):
     std: tuple[float, ...] | None = None
     value_range: Range | None = None
     """(low, high) of arrays that are not 8 bit; default by type: uint16 0..65535, float 0..1."""
+    copies: Positive = 1
+    """Repeated augmentation (Hoffer et al., 2020): so many copies of an image follow one another in the batches, each augmented
+    in its own way. An epoch stays as long, and sees so many times fewer images; the next ones see those that are left."""
     max_pixels: Positive = 100_000_000
     """Images with more pixels are refused before decoding."""
     max_bad_fraction: Probability = 0.05
@@ -484,6 +487,11 @@ class Config(Section):
             raise ValueError(
                 f"early_stop.patience={self.early_stop.patience} counts evaluations during training; "
                 "give eval.every, and eval.as_jobs=false"
+            )
+        if self.teacher.cache is not None and self.teacher.cache_epochs % self.data.copies:
+            raise ValueError(
+                f"data.copies={self.data.copies} with teacher.cache_epochs={self.teacher.cache_epochs}: copies would be alike; "
+                f"give a multiple, as in teacher.cache_epochs={self.data.copies}"
             )
         for key in ("mean", "std"):
             value = getattr(self.data, key)

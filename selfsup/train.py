@@ -201,7 +201,7 @@ def _loop(
 ) -> Outcome:
     config, method, optimizer = run.config, run.method, run.optimizer
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    buffers = list(method.buffers()) if method.batch_statistics else []
+    buffers = _moved_by_forward(method) if method.batch_statistics else []
     end = min(run.plan.steps, config.stop_at or run.plan.steps)
     stopped = False
 
@@ -314,6 +314,12 @@ def _verdict(loss: Tensor, norm: Tensor) -> Tensor:
     """1 if loss and gradients are finite on every rank, else 0: a device scalar that the host need not look at."""
     ok = (torch.isfinite(loss) & torch.isfinite(norm)).float()
     return dist.all_reduce_(ok, "min")
+
+
+def _moved_by_forward(method: nn.Module) -> list[Tensor]:
+    """Buffers that a forward pass may move: all but those of modules which say that they move after steps only."""
+    modules = [m for m in method.modules() if not getattr(m, "after_steps_only", False)]
+    return [buffer for module in modules for buffer in module.buffers(recurse=False)]
 
 
 def _put_back(buffers: list[Tensor], before: list[Tensor], ok: Tensor) -> None:

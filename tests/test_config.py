@@ -388,3 +388,10 @@ def test_read_recipe_expands_short_forms(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("data: x\n")
     assert read_recipe(str(path)) == {"data": {"path": "x"}}
+
+
+def test_copies_beside_a_cache() -> None:
+    """Repeated augmentation needs as many draws as there are copies."""
+    load(None, ["method=distill", "data.copies=3", "teacher.cache=c", "teacher.cache_epochs=6"])
+    with pytest.raises(UserError, match=r"data.copies=3 with teacher.cache_epochs=2: copies would be alike"):
+        load(None, ["method=distill", "data.copies=3", "teacher.cache=c", "teacher.cache_epochs=2"])

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from selfsup.randomness import generator, keyed_uniform, mix
+from selfsup.randomness import generator, keyed_integers, keyed_uniform, mix
 
 
 def test_mix_is_fixed() -> None:
@@ -79,3 +79,12 @@ def test_keyed_uniform_does_not_depend_on_the_batch() -> None:
     assert torch.equal(keyed_uniform(5, index.reshape(10, 100)).reshape(-1), whole)
     assert torch.equal(keyed_uniform(5, index.flip(0)).flip(0), whole)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_keyed_integers() -> None:
+    """The 48 upper bits of the same hash, modulo the number of values."""
+    index = torch.arange(1000).reshape(10, 100)
+    bits = keyed_integers(5, index, 1 << 48)
+    assert bits.dtype == torch.int64 and bits.min() >= 0
+    assert torch.equal((bits >> 24).float() / (1 << 24), keyed_uniform(5, index))
+    assert torch.equal(keyed_integers(5, index, 1_281_167), bits % 1_281_167)

@@ -108,7 +108,7 @@ def test_deit_small_is_the_published_recipe() -> None:
     assert (crops.erase, crops.erase_fill, crops.hflip, crops.jitter) == (0.25, "noise", 0.5, 0.0)
     options = config.method.options
     assert (options["label_smoothing"], options["smoothing_form"], options["ema"]) == (0.1, "all", 0.99996)
-    assert options["loss"] == "softmax" and config.views.local.count == 0
+    assert options["loss"] == "softmax" and config.views.local.count == 0 and config.data.copies == 3
 
 
 def test_resnet50_tricks_is_the_paper() -> None:

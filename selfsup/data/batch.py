@@ -41,7 +41,7 @@ class Batch:
     bad: list[tuple[str, str]]
     """Name and reason of every image that could not be read and was replaced."""
     draws: Tensor | None = None
-    """int64 [B]: the epoch that each image's augmentation is drawn for."""
+    """int64 [B]: the epoch that each image's augmentation is drawn for; every copy has its own."""
 
     def pin_memory(self) -> "Batch":
         """Crops in page-locked memory; the rest stays on the host and needs none."""
@@ -66,15 +66,22 @@ class Split:
 
 
 class BatchMaker:
-    """(step, micro) -> Batch: a pure function of the source, the views, the seed, the split and `repeat`.
+    """(step, micro) -> Batch: a pure function of the source, the views, the seed, the split, `repeat` and `copies`.
 
     repeat: after so many epochs the augmentation begins anew, in an order of images that goes on; None: never.
+    copies: so many times in a row an image comes, each time augmented in its own way (`data.copies`).
     """
 
     def __init__(
-        self, source: Source, views: Sequence[View], seed: int, split: Split, repeat: int | None = None
+        self,
+        source: Source,
+        views: Sequence[View],
+        seed: int,
+        split: Split,
+        repeat: int | None = None,
+        copies: int = 1,
     ) -> None:
-        self.source, self.seed, self.split, self.repeat = source, seed, split, repeat
+        self.source, self.seed, self.split, self.repeat, self.copies = source, seed, split, repeat, copies
         self.groups = resolutions(views)
         self.order = Order(len(source), seed)
         self.policies = {v.number: Policy(v, source.channels) for v in views if v.crops.policy != "none"}
@@ -83,7 +90,9 @@ class BatchMaker:
     def __call__(self, step: int, micro: int) -> Batch:
         """The micro-batch `micro` of `step`. Raises UserError when too many images in a row cannot be read."""
         positions = self.split.positions(micro)
-        epochs, ids = self.order.at(step * self.split.global_batch + positions)
+        images_before, copy = np.divmod(step * self.split.global_batch + positions, self.copies)  # [B], [B]
+        epochs, ids = self.order.at(images_before)
+        epochs = epochs * self.copies + copy  # what the augmentation is drawn for
         if self.repeat is not None:
             epochs = epochs % self.repeat
         channels, count = self.source.channels, len(ids)

@@ -21,7 +21,7 @@ class Loader:
 
     The number of workers, ranks and micro-batches only decides who makes which part. Raises UserError when the source
     holds fewer images than a global batch, or the batch does not split evenly. `say` is told of workers that were killed
-    and replaced; by default stderr is. repeat: see `BatchMaker`.
+    and replaced; by default stderr is. repeat, copies: see `BatchMaker`.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class Loader:
         prefetch: int = 2,
         say: Callable[[str], None] | None = None,
         repeat: int | None = None,
+        copies: int = 1,
     ) -> None:
         check_split(global_batch, accumulate, world)
         if len(source) < global_batch:
@@ -46,7 +47,7 @@ class Loader:
                 f"data holds {len(source)} images, fewer than global_batch={global_batch}; "
                 f"add images or give global_batch={len(source)} or less"
             )
-        self.make = BatchMaker(source, views, seed, Split(global_batch, accumulate, rank, world), repeat)
+        self.make = BatchMaker(source, views, seed, Split(global_batch, accumulate, rank, world), repeat, copies)
         self.seed, self.accumulate, self.workers, self.pin, self.prefetch = seed, accumulate, workers, pin, prefetch
         self.say = say
         self.wait_seconds = 0.0

@@ -18,7 +18,7 @@ def byot_loss(
     temperature: float,
     feature_weight: float,
 ) -> dict[str, Tensor]:
-    """{"loss", "label", "kl", "feature"}: equations 5 to 8 of the paper, each a mean over the images.
+    """{"loss", "label", "kl", "feature"}: the paper's three kinds of losses, each a mean over the images.
 
     logits: [B, K] an exit, the deepest last. features: [B, D] an exit, what its classifier saw. targets: what the labels
     say, probabilities [B, K], smoothed or mixed as the caller likes. For exits i below the deepest, C:

@@ -1,4 +1,4 @@
-"""Contrastive representation distillation, CRD (Tian et al., 2020, section 3.1).
+"""Contrastive representation distillation, CRD (Tian et al., 2020; its published code names equation 18).
 
 Student and teacher have learned projections to a common space, of length 1. A critic tells pairs of one image from N pairs
 of different images, drawn from a set of M:
@@ -6,13 +6,13 @@ of different images, drawn from a set of M:
     h(t, s) = e^(t.s / tau) / (e^(t.s / tau) + N / M),    loss = -E[log h(pair)] - N E[log(1 - h(other pair))]
 
 `crd_in_batch` takes the other images of the batch. `crd_bank` takes N of all M training images from memory, as published;
-what it needs is kept and checkpointed by the caller:
+what it needs is kept and checkpointed by the caller (`methods.crd_memory`):
 
 - `student_bank`, `teacher_bank` [M, D] float32, row n for training image n; at the start random rows of length 1.
 - `index` int64 [B, 1 + N]: the image's own row, then N rows drawn uniformly of all M, with replacement, as a function of
   (seed, step, sample).
-- `log_z`, two scalars: 0 is the paper's formula. The published code divides e^(t.s / tau) by a constant that it estimates
-  once, in the first step: `crd_log_normaliser` over the global batch for each side, kept from then on.
+- `log_z`: 0 is the paper's formula. The published code divides e^(t.s / tau) by M times its mean in the first step, kept from
+  then on. All rows are random there, so the mean has an expectation, the same for every image: `crd_log_normaliser`.
 - After the step, unless it was refused, rows of all processes' images become `crd_update(...)`. A bank that moves only
   between steps makes the loss of an image independent of the micro-batch that it is in.
 """
@@ -50,31 +50,36 @@ def crd_bank(
     teacher_bank: Tensor,
     index: Tensor,
     temperature: float = 0.07,
-    log_z: tuple[float | Tensor, float | Tensor] = (0.0, 0.0),
+    log_z: float = 0.0,
 ) -> Tensor:
     """The loss above twice, as published: the student against the teacher's bank, the teacher against the student's.
 
-    student, teacher: [B, D], of length 1; banks [M, D]; index [B, 1 + N]; log_z: of the first and of the second.
+    student, teacher: [B, D], of length 1; banks [M, D]; index [B, 1 + N].
     """
     same_shape(student, teacher)
     rows, negatives = teacher_bank.shape[0], index.shape[1] - 1
     if negatives < 1:
         raise ValueError("CRD from a bank needs an index [B, 1 + N] with at least one other image")
     total = student.new_zeros(())
-    for x, bank, z in ((student, teacher_bank, log_z[0]), (teacher, student_bank, log_z[1])):
-        odds = _scores(x, bank, index, temperature) - z - math.log(negatives / rows)  # [B, 1+N]: log h / (1 - h)
+    for x, bank in ((student, teacher_bank), (teacher, student_bank)):
+        odds = _scores(x, bank, index, temperature) - log_z - math.log(negatives / rows)  # [B, 1+N]: log h / (1 - h)
         total = total - F.logsigmoid(torch.cat((odds[:, :1], -odds[:, 1:]), 1)).sum() / x.shape[0]
     return total
 
 
-@full_precision
-def crd_log_normaliser(x: Tensor, bank: Tensor, index: Tensor, temperature: float = 0.07) -> Tensor:
-    """log(M * mean of e^(x.row / tau)) over the batch and its rows (Wu et al., 2018): a scalar.
+def crd_log_normaliser(rows: int, dim: int, temperature: float = 0.07) -> float:
+    """log(M E[e^(x.row / tau)]) for any x of length 1 and rows that are uniform on the sphere of R^D; M: rows, D: dim.
 
-    Over several processes or micro-batches of equal size: the log of the mean of the exponentials.
+    The expectation is the hypergeometric 0F1(D / 2; k^2 / 4) with k = 1 / tau (Mardia & Jupp, 2000, "Directional Statistics",
+    chapter 9: what normalises the von Mises-Fisher distribution), the sum over j of (k^2 / 4)^j / (j! (D / 2)_j).
     """
-    scores = _scores(x.detach(), bank, index, temperature)
-    return torch.logsumexp(scores.flatten(), 0) + math.log(bank.shape[0] / scores.numel())
+    terms, j = [0.0], 0
+    largest = 0.0
+    while terms[-1] > largest - 40:  # logarithms, which rise and then fall
+        j += 1
+        terms.append(terms[-1] - 2 * math.log(2 * temperature) - math.log(j * (dim / 2 + j - 1)))
+        largest = max(largest, terms[-1])
+    return math.log(rows) + largest + math.log(math.fsum(math.exp(term - largest) for term in terms))
 
 
 @full_precision

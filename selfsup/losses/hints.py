@@ -23,7 +23,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 @full_precision
 def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error of the projected student layer (Romero et al., 2015, "FitNets", equation 3).
+    """Mean squared error of the projected student layer (Romero et al., 2015, "FitNets").
 
     The paper has half the sum of squares; the mean, which does not grow with the layer, is what all published codes and
     timm's FeatureDistillationTask use.
@@ -40,7 +40,7 @@ def attention_map(x: Tensor) -> Tensor:
 
 @full_precision
 def attention_transfer(student: Tensor, teacher: Tensor, squared: bool = True) -> Tensor:
-    """Difference of the normalised attention maps (Zagoruyko & Komodakis, 2017, equation 2, p = 2); [B, C, h, w] each.
+    """Difference of the normalised attention maps (Zagoruyko & Komodakis, 2017, p = 2); [B, C, h, w] each.
 
     The channels may differ in number, the grids not. As in the published code: the squares of the difference, mean over
     images and positions (its beta is 1000). With squared=False as printed: half of the length of the difference, mean over
@@ -69,7 +69,7 @@ def feature_regression(
     distance: "mse"; "smooth_l1" with its `beta`; "cosine", 1 - cosine similarity. normalise, before it: "length" brings
     both to length 1 at each position; "whiten" takes mean and standard deviation over the channels out of the teacher's
     alone, so that no single channel rules (Wei et al., 2022, "Contrastive Learning Rivals Masked Image Modeling in
-    Fine-tuning via Feature Distillation", section 3, with smooth-L1 and beta = 2).
+    Fine-tuning via Feature Distillation", with smooth-L1 and beta = 2).
     """
     same_shape(student, teacher)
     z, r = _channels_last(student), _channels_last(teacher)
@@ -100,7 +100,7 @@ def cls_patch_cosine(
     """cls_weight (1 - cos) of the CLS tokens [B, D] + patch_weight (1 - cos) of the patches [B, D, h, w], means of each.
 
     For teachers trained without labels, whose directions carry the meaning; cosine on both is the summary and the larger
-    part of the spatial loss of AM-RADIO (Ranzinger et al., 2024, "Agglomerative Vision Foundation Model", section 3).
+    part of the spatial loss of AM-RADIO (Ranzinger et al., 2024, "Agglomerative Vision Foundation Model").
     """
     return cls_weight * feature_regression(student_cls, teacher_cls, "cosine") + patch_weight * feature_regression(
         student_patches, teacher_patches, "cosine"

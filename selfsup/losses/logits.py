@@ -17,7 +17,7 @@ def soft_distillation(student: Tensor, teacher: Tensor, temperature: float = 1.0
     """T^2 KL(softmax(r / T) || softmax(z / T)), mean over the batch; r the teacher's logits, z the student's.
 
     Hinton et al., 2015, "Distilling the Knowledge in a Neural Network", section 2: the factor T^2 keeps the size of the
-    gradient. The soft loss of DeiT (Touvron et al., 2021, equation 2) and of timm's distillation tasks.
+    gradient. The soft loss of DeiT (Touvron et al., 2021, "soft distillation") and of timm's distillation tasks.
     """
     same_shape(student, teacher)
     log_q, log_p = (torch.log_softmax(x / temperature, -1) for x in (teacher, student))
@@ -26,9 +26,9 @@ def soft_distillation(student: Tensor, teacher: Tensor, temperature: float = 1.0
 
 @full_precision
 def hard_distillation(student: Tensor, teacher: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of the student with the teacher's decision argmax r (Touvron et al., 2021, equation 3).
+    """Cross-entropy of the student with the teacher's decision argmax r (Touvron et al., 2021, "hard-label distillation").
 
-    With `smoothing` the decision is smoothed by eps / K, as that paper's section 3 allows; the first of equal logits wins.
+    With `smoothing` the decision is smoothed by eps / K, as the paper allows there; the first of equal logits wins.
     """
     same_shape(student, teacher)
     decision = one_hot(teacher.argmax(-1), teacher.shape[-1]).to(student.dtype)  # [B, K]
@@ -39,11 +39,12 @@ def hard_distillation(student: Tensor, teacher: Tensor, smoothing: float = 0.0) 
 def decoupled_distillation(
     student: Tensor, teacher: Tensor, labels: Tensor, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0
 ) -> Tensor:
-    """DKD: T^2 (alpha TCKD + beta NCKD), mean over the batch (Zhao et al., 2022, equation 7). labels: int64 [B].
+    """DKD: T^2 (alpha TCKD + beta NCKD), mean over the batch (Zhao et al., 2022). labels: int64 [B].
 
     TCKD is the KL divergence of the two-way distributions (true class, all others), NCKD that of the distributions over
     the others alone. With alpha = 1 and beta = the teacher's mass of the others it is `soft_distillation`. T^2 is in
-    the published code. Defaults are the published ones for CIFAR-100, where beta is between 2 and 8.
+    the published code. Defaults are its defaults, for CIFAR-100, where beta is between 2 and 8 and the weight grows over
+    20 epochs; for ImageNet T is 1 and beta 0.5 or 2, by the pair of networks.
     """
     same_shape(student, teacher)
     others = torch.arange(student.shape[-1] - 1, device=student.device)

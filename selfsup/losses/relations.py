@@ -21,7 +21,7 @@ def _rows(student: Tensor, teacher: Tensor, least: int, what: str) -> tuple[Tens
 
 @full_precision
 def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """RKD-D: Huber loss of the distances over their mean (Park et al., 2019, equations 5 to 8), mean over pairs i != j.
+    """RKD-D: Huber loss of the distances over their mean, mean over pairs i != j (Park et al., 2019, "distance-wise").
 
     The paper sums over the pairs, the published code divides by B^2, diagonal included: that is (B - 1) / B of this.
     """
@@ -41,7 +41,7 @@ def _relative_distances(x: Tensor) -> Tensor:
 
 @full_precision
 def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
-    """RKD-A: Huber loss of cos of the angle at j in (i, j, k) (Park et al., 2019, equations 8 to 10), mean over triplets.
+    """RKD-A: Huber loss of cos of the angle at j in (i, j, k), mean over triplets (Park et al., 2019, "angle-wise").
 
     Over the B (B - 1) (B - 2) triplets of different images; the published code divides by B^3. Holds B^2 D numbers.
     """
@@ -63,7 +63,7 @@ def _angles(x: Tensor) -> Tensor:
 def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
     """SP: |G_T - G_S|^2 / B^2 with G the products Q Q^T of all images' activations Q [B, D], its rows of length 1.
 
-    Tung & Mori, 2019, "Similarity-Preserving Knowledge Distillation", equations 2 to 4. Of one image it is 0.
+    Tung & Mori, 2019, "Similarity-Preserving Knowledge Distillation". Of one image it is 0.
     """
     ours, theirs = (unit(q @ q.t()) for q in _rows(student, teacher, 1, "SP"))  # [B, B]
     return (theirs - ours).square().mean()

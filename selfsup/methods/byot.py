@@ -2,8 +2,8 @@
 Neural Networks via Self Distillation").
 
 Exits after the stages of one network, a bottleneck and a classifier each, learn from the labels, from the distribution of
-the deepest exit, and to bring their features near its features (equations 5 to 8). All of it is one forward pass, and every
-exit can be used alone: it costs what the stages before it cost.
+the deepest exit, and to bring their features near its features. All of it is one forward pass, and every exit can be used
+alone: it costs what the stages before it cost.
 """
 
 import contextlib
@@ -34,7 +34,8 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 
 class BYOTOptions(Section):
-    """Options of BYOT; the defaults of the weights are of the size used in public reimplementations, per image."""
+    """Options of BYOT. Their authors give no values; defaults are those of a public reimplementation for CIFAR-100
+    (luanyunteng/pytorch-be-your-own-teacher: alpha 0.1, temperature 3, 1e-6 of the features' sum over 128 images)."""
 
     exits: tuple[int, ...] | None = None
     """Layers (stages of a pyramid, blocks of a ViT) after which there is an exit, beside the deepest one. Default: every

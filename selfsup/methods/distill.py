@@ -174,10 +174,10 @@ class Distill(nn.Module):
                 f"{key}: {len(numbers)} layers for {len(self.wanted.layers)} of method.teacher_layers; each needs its counterpart"
             )
         student = Student(backbone, self.classes if distill_terms.has_head(options.losses) else None)
-        terms = Terms(options, probe(backbone, numbers, size), example, self.frozen.temperature)
+        seed = mix(config.seed, len(self.learners)) if suffix else config.seed  # the first draws what it would alone
+        terms = Terms(options, probe(backbone, numbers, size), example, self.frozen.temperature, seed)
         average = copy.deepcopy(student) if options.ema is not None else None
-        # the first student draws what it would draw alone
-        random = key_stochastic_layers(student, mix(config.seed, len(self.learners)) if suffix else config.seed)
+        random = key_stochastic_layers(student, seed)
         self.add_module(f"student{suffix}", student)
         self.add_module(f"terms{suffix}", terms)
         if average is not None:
@@ -196,8 +196,11 @@ class Distill(nn.Module):
         return super()._apply(fn, recurse)
 
     def bind(self, source: Source, views: Sequence[View]) -> None:
-        """The data are known: are there labels for the losses that need them; open the cache."""
+        """The data are known: are there labels for the losses that need them; make CRD's memories, open the cache."""
         check_labels(self.config, self.options, source)
+        for _, _, terms, _ in self._parts():
+            if terms.memory is not None:
+                terms.memory.fill(len(source))
         check_ranks(self, self.frozen)
         seen = list(views[: self.global_views])
         self.cache = open_cache(self.config, self.frozen, self.wanted, source, seen, self.options.temperature)
@@ -238,7 +241,7 @@ class Distill(nn.Module):
                 keys = batch.keys(1, first_view=views)
                 with _drawing(x.random, batch.step, keys):
                     (local,) = student.backbone.embed([batch.images[1].flatten(0, 1)])  # [L*B, D]
-            parts = terms(seen, taught, views, local, labels, targets)
+            parts = terms(seen, taught, batch, local, labels, targets)
             total = total + terms.total(parts)
             prefix = f"loss/{x.name}/" if x.name else "loss/"
             out |= {f"{prefix}{name}": value.detach() for name, value in parts.items()}
@@ -266,8 +269,10 @@ class Distill(nn.Module):
 
     @torch.no_grad()
     def after_step(self, s: Mapping[str, float], ok: Tensor) -> None:
-        """Averages move towards their students."""
-        for _, student, _, average in self._parts():
+        """Averages move towards their students, rows of CRD's memories towards what was seen."""
+        for _, student, terms, average in self._parts():
+            if terms.memory is not None:
+                terms.memory.after_step(ok)
             if average is not None:
                 ema_update(average, student, s["momentum"], ok)
 

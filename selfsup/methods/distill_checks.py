@@ -33,8 +33,9 @@ def check_options(config: Config, o: TermOptions) -> None:
     on, images = o.losses.on, config.views.global_.count * config.global_batch // (config.accumulate * dist.world())
     if config.views.global_.count < 1:
         raise UserError("views.global.count=0: the teacher sees global views; give 1 or more")
+    remembers = "crd" in on and o.crd_negatives > 0
     for name, least in RELATIONS.items():
-        if name in on and images < least:
+        if name in on and images < least and not (name == "crd" and remembers):
             raise UserError(
                 f"method.losses.{name} compares the images of a micro-batch, and there is {images}; "
                 f"raise global_batch, or lower accumulate={config.accumulate} or the number of processes"
@@ -50,6 +51,11 @@ def check_options(config: Config, o: TermOptions) -> None:
                 raise UserError(
                     f"mix={config.mix.name} with method.losses.{name}, which needs one label or one object an image; use mix=none"
                 )
+        if remembers:
+            raise UserError(
+                f"mix={config.mix.name} with method.crd_negatives={o.crd_negatives}: a mixed image has no row of its own in the "
+                "memory; use mix=none, or method.crd_negatives=0"
+            )
     if config.teacher.cache_topk is not None and set(on) & {"dkd", "dist", "prototypes"}:
         name = next(n for n in ("dkd", "dist", "prototypes") if n in on)
         raise UserError(

@@ -23,6 +23,8 @@ from selfsup.losses.logits import (
     topk_distillation,
 )
 from selfsup.losses.relations import rkd_angle, rkd_distance, similarity_preserving
+from selfsup.methods.contract import ViewBatch
+from selfsup.methods.crd_memory import CRDMemory
 from selfsup.methods.outputs import Layer, Outputs, Wanted
 
 Weight = Annotated[float, Field(ge=0)]
@@ -52,7 +54,7 @@ class LossWeights(Section):
     """Relations of pooled features (Park et al., 2019)."""
     rkd_angle: Weight = 0.0
     crd: Weight = 0.0
-    """Contrastive, of pooled features within the batch (Tian et al., 2020)."""
+    """Contrastive, of pooled features (Tian et al., 2020); `crd_negatives` says against what. Published with a memory: 0.8."""
     regression: Weight = 0.0
     """The last map, projected."""
     cls_cosine: Weight = 0.0
@@ -96,6 +98,9 @@ class TermOptions(Section):
     """Of smooth_l1."""
     crd_dim: Positive = 128
     crd_temperature: Temperature = 0.07
+    crd_negatives: Annotated[int, Field(ge=0)] = 0
+    """0: an image is told from the others of its micro-batch. N: from N rows of a memory of all M training images (16384 in
+    the published code), of 2 M crd_dim numbers, which are in the checkpoint."""
     hidden_dim: Positive = 2048
     """Of the student's head on the teacher's prototypes, with the two below."""
     bottleneck_dim: Positive = 256
@@ -142,7 +147,9 @@ def has_head(losses: LossWeights) -> bool:
 class Terms(nn.Module):
     """The losses of one student, with what they learn: 1x1 convolutions and linear layers to the teacher's width."""
 
-    def __init__(self, options: TermOptions, student: Outputs, teacher: Outputs, temperature: float | None) -> None:
+    def __init__(
+        self, options: TermOptions, student: Outputs, teacher: Outputs, temperature: float | None, seed: int
+    ) -> None:
         """student, teacher: what each gives for one image, for the shapes. temperature: of the teacher's prototypes."""
         super().__init__()
         self.options, self.weights = options, options.losses.on
@@ -164,6 +171,9 @@ class Terms(nn.Module):
         if "crd" in on:
             self.projectors["crd"] = nn.Linear(_given(student.pooled).shape[1], options.crd_dim)
             self.projectors["crd_teacher"] = nn.Linear(_given(teacher.pooled).shape[1], options.crd_dim)
+        self.memory: CRDMemory | None = None
+        if "crd" in on and options.crd_negatives:
+            self.memory = CRDMemory(options.crd_dim, options.crd_negatives, options.crd_temperature, seed)
         if "prototypes" in on:
             self.projectors["prototypes"] = DINOHead(
                 _given(student.pooled).shape[1],
@@ -174,14 +184,14 @@ class Terms(nn.Module):
             )
 
     def forward(
-        self, s: Outputs, t: Outputs, views: int, local: Tensor | None, labels: Tensor, targets: Tensor | None
+        self, s: Outputs, t: Outputs, batch: ViewBatch, local: Tensor | None, labels: Tensor, targets: Tensor | None
     ) -> dict[str, Tensor]:
-        """Name -> loss (not weighted) of student s and teacher t, both of `views` global views of B images, [views * B].
+        """Name -> loss (not weighted) of student s and teacher t, both of the batch's global views, [views * B].
 
         local: the student's pooled features of the local views, [L * B, D]. labels: int64 [views * B]. targets: what they
         say of each class, mixed and smoothed, [views * B, K].
         """
-        o, p, out = self.options, self.projectors, {}
+        o, p, out, views = self.options, self.projectors, {}, batch.images[0].shape[0]
         for name in self.weights:
             if name == "ce":
                 out[name] = soft_cross_entropy(_given(s.logits), _given(targets))
@@ -208,8 +218,11 @@ class Terms(nn.Module):
             elif name == "rkd_angle":
                 out[name] = rkd_angle(_given(s.pooled), _given(t.pooled))
             elif name == "crd":
-                ours, theirs = p["crd"](_given(s.pooled)), p["crd_teacher"](_given(t.pooled))
-                out[name] = crd_in_batch(_unit(ours), _unit(theirs), o.crd_temperature)
+                ours, theirs = _unit(p["crd"](_given(s.pooled))), _unit(p["crd_teacher"](_given(t.pooled)))
+                if self.memory is None:
+                    out[name] = crd_in_batch(ours, theirs, o.crd_temperature)
+                else:
+                    out[name] = self.memory(ours, theirs, batch)
             elif name == "regression":
                 a, b = _same_grid(p[name](_given(s.patches)), _given(t.patches))
                 out[name] = feature_regression(a, b, o.regression_distance, o.regression_normalise, o.regression_beta)

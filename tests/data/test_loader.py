@@ -247,6 +247,29 @@ def test_a_label_goes_with_the_image_that_is_seen(source):
     assert batch.labels[(batch.ids == 3).nonzero()[0, 0]] == 4 and batch.bad == [("item 3", "a hole")]
 
 
+def test_copies(source):
+    """Repeated augmentation: three in a row of each image, across batches, all different; every image once in three epochs."""
+    subset = sources_subset(source, 50)
+    batches = [batch for (batch,) in steps(subset, 0, 25, copies=3, global_batch=24)]  # 600 = 4 x 50 x 3
+    ids, draws = (torch.cat([getattr(b, name) for b in batches]).view(-1, 3) for name in ("ids", "draws"))
+    assert torch.equal(ids, ids[:, :1].expand(-1, 3))
+    plain = torch.cat([b.ids for (b,) in steps(subset, 0, 20, global_batch=10)])
+    assert torch.equal(ids[:, 0], plain)  # the order of images without copies
+    assert torch.equal(draws, (torch.arange(200) // 50 * 3)[:, None] + torch.arange(3))
+    params = torch.cat([b.params[0][0] for b in batches]).view(200, 3, -1)
+    assert all((params[:, i] != params[:, j]).any(1).float().mean() > 0.98 for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_copies_do_not_depend_on_who_makes_them(source):
+    """Ranks, micro-batches, workers, and where a run begins again."""
+    whole = [batch for (batch,) in steps(source, 0, 4, copies=3)]
+    resumed = [batch for (batch,) in steps(source, 2, 4, copies=3, workers=2)]
+    for a, b in zip(whole[2:], resumed, strict=True):
+        assert_equal(a, b)
+    parts = [steps(source, 1, 2, copies=3, accumulate=2, rank=rank, world=2)[0] for rank in range(2)]
+    assert_equal(joined([batch for rank in parts for batch in rank]), whole[1])
+
+
 # ------------------------------------------------------------------------------------------------------------ workers
 
 
