@@ -109,6 +109,19 @@ def all_gather(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+class _Gather(torch.autograd.Function):
+    """torch's own receives gradients over gloo into memory laid out as theirs: wrong, in silence, unless contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return all_gather(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = all_reduce_(grads[0].clone(memory_format=torch.contiguous_format))  # [world * N, ...]
+        return total.chunk(world())[rank()]
+
+
 def all_gather_with_grad(tensor: Tensor) -> Tensor:
     """`all_gather` that is differentiated: a rank's part gets the sum of what every rank's loss says of it.
 
@@ -117,7 +130,18 @@ def all_gather_with_grad(tensor: Tensor) -> Tensor:
     """
     if not td.is_initialized():
         return tensor
-    return torch.cat(torch.distributed.nn.functional.all_gather(tensor.contiguous()))
+    return _Gather.apply(tensor)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def mean_with_grad(tensor: Tensor) -> Tensor:
+    """The mean over ranks of a tensor of equal shape, differentiated, for a loss that is the same function of it on each.
+
+    A rank's part gets what one rank's loss says of the mean; averaged over ranks, as gradients are, that is the gradient that
+    one process would compute.
+    """
+    if not td.is_initialized():
+        return tensor
+    return torch.distributed.nn.functional.all_reduce(tensor) / world()
 
 
 def agree(value: int) -> int:

@@ -357,3 +357,30 @@ def test_a_store_instead_of_the_environment(tmp_path: Path) -> None:
         f"the store is that of rank {rank} of 3, the environment's {rank} of 2" for rank in range(2)
     ]
     assert found == [{"total": 3.0, "gathered": ["0", "1"], "agreed": 1, "left": False}] * 2
+
+
+GATHERED = """
+generator = torch.Generator().manual_seed(0)
+whole = torch.randn(6, 2, 3, generator=generator, dtype=torch.float64)
+weights = torch.randn(2, 6, 3, generator=generator, dtype=torch.float64)
+
+def loss(gathered, mean):
+    z = gathered.transpose(0, 1).contiguous()  # so that the gradient of what was gathered lies otherwise in memory
+    return (z * weights).square().sum() + (mean * weights[:, 0]).sin().sum()
+
+reference = whole.clone().requires_grad_()
+expected = loss(reference, reference.mean(0))
+expected.backward()
+mine = whole.chunk(world)[rank].clone().requires_grad_()
+value = loss(dist.all_gather_with_grad(mine), dist.mean_with_grad(mine.mean(0)))
+value.backward()
+off = (mine.grad / world - reference.grad.chunk(world)[rank]).abs().max().item()  # gradients are averaged over ranks
+report(value=abs(value.item() - expected.item()), gradient=off)
+"""
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_gathered_and_averaged_with_gradient(tmp_path: Path, world: int) -> None:
+    """A loss of all ranks' tensors has the value and the gradient that it has in one process."""
+    for found in start(GATHERED, tmp_path, world):
+        assert found["value"] < 1e-12 and found["gradient"] < 1e-12

@@ -11,12 +11,16 @@ from selfsup.config import Config, MethodConfig, suggest, validate
 from selfsup.errors import UserError
 
 METHODS = {
+    "barlow_twins": "selfsup.methods.barlow_twins:BarlowTwins",
     "byol": "selfsup.methods.byol:BYOL",
     "byot": "selfsup.methods.byot:BYOT",
     "deit": "selfsup.methods.deit:DeiT",
     "dino": "selfsup.methods.dino:DINO",
     "distill": "selfsup.methods.distill:Distill",
+    "lejepa": "selfsup.methods.lejepa:LeJEPA",
+    "simsiam": "selfsup.methods.simsiam:SimSiam",
     "supervised": "selfsup.methods.supervised:Supervised",
+    "vicreg": "selfsup.methods.vicreg:VICReg",
 }
 
 
