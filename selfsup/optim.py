@@ -1,7 +1,7 @@
 """Parameter groups, optimizers, clipping, and steps that can be refused on the device; `optim_state` saves and loads them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,24 +19,28 @@ def layer_index(name: str, depth: int) -> int:
 
 
 def parameter_groups(
-    named: Sequence[tuple[str, nn.Parameter]], layer_decay: float = 1.0, decay_all: bool = False
+    named: Sequence[tuple[str, nn.Parameter]],
+    layer_decay: float = 1.0,
+    decay_all: bool = False,
+    rate_of: Callable[[str, nn.Parameter], str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups with `names`, `lr_scale`, `wd_scale` and `backbone` (whether it is theirs).
+    """Groups with `names`, `lr_scale`, `wd_scale`, `backbone` (whether it is theirs) and `rate` (the schedule of theirs).
 
     No weight decay for biases and for what has one dimension (norms), unless `decay_all`.
     layer_decay: learning rate times this for each layer below the last (Clark et al., 2020), for names that hold
-    'backbone.'; heads keep 1.
+    'backbone.'; heads keep 1. rate_of: the schedule of each parameter's learning rate; default: 'lr'.
     """
     trainable = [(n, p) for n, p in named if p.requires_grad]
     depth = max((layer_index(n, -2) for n, _ in trainable if "backbone." in n), default=0)
-    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, bool, str], dict[str, Any]] = {}
     for name, p in trainable:
         decay = 0.0 if not decay_all and (p.ndim <= 1 or name.endswith(".bias")) else 1.0
         scale, backbone = 1.0, "backbone." in name
+        rate = "lr" if rate_of is None else rate_of(name, p)
         if layer_decay != 1.0 and backbone:
             scale = layer_decay ** (depth + 1 - min(layer_index(name, depth), depth + 1))
-        fresh = {"params": [], "names": [], "wd_scale": decay, "lr_scale": scale, "backbone": backbone}
-        group = groups.setdefault((decay, scale, backbone), fresh)
+        fresh = {"params": [], "names": [], "wd_scale": decay, "lr_scale": scale, "backbone": backbone, "rate": rate}
+        group = groups.setdefault((decay, scale, backbone, rate), fresh)
         group["params"].append(p)
         group["names"].append(name)
     return list(groups.values())
@@ -110,14 +114,16 @@ def set_hyperparameters(
     weight_decay: float,
     head_weight_decay: float | None = None,
     freeze_backbone: bool = False,
+    rates: Mapping[str, float] | None = None,
 ) -> None:
     """This step's learning rate and weight decay in every group; freeze_backbone: rate 0 for the backbone's groups.
 
-    head_weight_decay: of the other groups; None: the same.
+    head_weight_decay: of the other groups; None: the same. rates: of groups whose rate is another schedule than 'lr', by name.
     """
     for group in optimizer.param_groups:
         own = weight_decay if head_weight_decay is None or group["backbone"] else head_weight_decay
-        group["lr"] = 0.0 if freeze_backbone and group["backbone"] else lr * group["lr_scale"]
+        rate = lr if group["rate"] == "lr" else (rates or {})[group["rate"]]
+        group["lr"] = 0.0 if freeze_backbone and group["backbone"] else rate * group["lr_scale"]
         group["weight_decay"] = own * group["wd_scale"]
 
 

@@ -61,3 +61,9 @@ def _keyed(key: int, index: Tensor) -> Tensor:
     h = (h ^ _shift(h, 30)) * _signed(0xBF58476D1CE4E5B9)
     h = (h ^ _shift(h, 27)) * _signed(0x94D049BB133111EB)
     return h ^ _shift(h, 31)
+
+
+def keyed_normal(key: int, index: Tensor) -> Tensor:
+    """Standard normal float32 for each int64 in `index`, from two uniform ones (Box & Muller, 1958)."""
+    radius = torch.sqrt(-2 * torch.log1p(-keyed_uniform(mix(key, 0), index)))  # of (0, 1]
+    return radius * torch.cos(2 * torch.pi * keyed_uniform(mix(key, 1), index))

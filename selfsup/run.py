@@ -127,7 +127,8 @@ class Run:
         method.train()
         _configure(method, config)
         trainable = [(n, p) for n, p in method.named_parameters() if p.requires_grad]
-        groups = parameter_groups(trainable, config.optimizer.layer_decay, config.optimizer.decay_all)
+        o, rate_of = config.optimizer, getattr(method, "rate_of", None)
+        groups = parameter_groups(trainable, o.layer_decay, o.decay_all, rate_of)
         optimizer = create_optimizer(config.optimizer, groups, peak_learning_rate(config))
         loader = Loader(
             source,

@@ -212,7 +212,7 @@ def _loop(
         recorder.data_wait(run.loader.wait_seconds - waited)
         s = evaluate(run.schedules, run.step)
         head_only = run.step < run.head_only_steps
-        set_hyperparameters(optimizer, s["lr"], s["wd"], s.get("wd_head"), freeze_backbone=head_only)
+        set_hyperparameters(optimizer, s["lr"], s["wd"], s.get("wd_head"), freeze_backbone=head_only, rates=s)
         before = [b.clone() for b in buffers]
         optimizer.zero_grad(set_to_none=True)
 

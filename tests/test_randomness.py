@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from selfsup.randomness import generator, keyed_integers, keyed_uniform, mix
+from selfsup.randomness import generator, keyed_integers, keyed_normal, keyed_uniform, mix
 
 
 def test_mix_is_fixed() -> None:
@@ -88,3 +88,12 @@ def test_keyed_integers() -> None:
     assert bits.dtype == torch.int64 and bits.min() >= 0
     assert torch.equal((bits >> 24).float() / (1 << 24), keyed_uniform(5, index))
     assert torch.equal(keyed_integers(5, index, 1_281_167), bits % 1_281_167)
+
+
+def test_keyed_normal() -> None:
+    """Standard normal, finite, a function of key and index."""
+    x = keyed_normal(7, torch.arange(200_000))
+    assert x.dtype == torch.float32 and x.isfinite().all() and torch.equal(x[5:9], keyed_normal(7, torch.arange(5, 9)))
+    assert abs(x.mean()) < 0.01 and abs(x.var() - 1) < 0.02 and abs((x**4).mean() - 3) < 0.1
+    assert abs((x.abs() > 1.96).float().mean() - 0.05) < 0.003
+    assert not torch.equal(x, keyed_normal(8, torch.arange(200_000)))

@@ -271,3 +271,55 @@ def test_msn_vits16_is_the_published_recipe() -> None:
     for crops in (first, local):
         assert (crops.brightness, crops.contrast, crops.saturation, crops.hue) == (0.4, 0.4, 0.4, 0.1)
         assert (crops.jitter, crops.grayscale, crops.blur, crops.solarize) == (0.8, 0.2, 0.5, 0.0)
+
+
+@pytest.mark.parametrize("name", ["vicreg_resnet50", "barlow_twins_resnet50"])
+def test_redundancy_recipes_are_published_ones(name: str) -> None:
+    """Defaults of the published main.py and main_vicreg.py's command for 1000 epochs: spelled out independently."""
+    config = methods.complete(load(name))
+    length = schedules.plan(config, IMAGENET)
+    rate = schedules.optimizer_schedules(config, length)
+    assert (config.backbone.name, config.optimizer.name, config.global_batch) == ("resnet50", "lars", 2048)
+    assert length.steps == pytest.approx(1000 * IMAGENET / 2048, abs=1)
+    assert rate["lr"](round(10 * IMAGENET / 2048) - 1) == pytest.approx(1.6)
+    assert rate["lr"](length.steps) == pytest.approx(0.0016) and rate["wd"](7) == 1e-6
+    crops, options = config.views.global_, config.method.options
+    assert (crops.count, crops.size, crops.scale, crops.blur, crops.solarize) == (
+        *(2, 224, (0.08, 1.0), (1.0, 0.1), (0.0, 0.2)),
+    )
+    assert (options["hidden_dim"], options["out_dim"]) == (8192, 8192)
+    if name == "vicreg_resnet50":
+        assert (options["invariance"], options["variance"], options["covariance"]) == (25, 25, 1)
+    else:
+        assert options["redundancy"] == 0.0051 and options["bias_lr"] * 0.2 == pytest.approx(0.0048)
+
+
+def test_simsiam_resnet50_is_the_published_recipe() -> None:
+    """Chen & He, 2021, section 3, and the README's command."""
+    config = methods.complete(load("simsiam_resnet50"))
+    length = schedules.plan(config, IMAGENET)
+    rate = schedules.optimizer_schedules(config, length)
+    assert (config.optimizer.name, config.optimizer.decay_all, config.global_batch) == ("sgd", True, 512)
+    assert length.steps == pytest.approx(100 * IMAGENET / 512, abs=1)
+    assert rate["lr"](0) == pytest.approx(0.05 * 2) and rate["lr"](length.steps) == pytest.approx(0, abs=1e-12)
+    assert rate["wd"](3) == 1e-4
+    crops, options = config.views.global_, config.method.options
+    assert (crops.scale, crops.saturation, crops.blur, crops.solarize) == ((0.2, 1.0), 0.4, 0.5, 0.0)
+    assert (options["hidden_dim"], options["out_dim"], options["predictor_dim"]) == (2048, 2048, 512)
+    assert options["fix_predictor_lr"] is True
+
+
+def test_lejepa_vitl14_is_the_published_recipe() -> None:
+    """Balestriero & LeCun, 2025, section 6.1, and the README's table of views and optimizer."""
+    config = methods.complete(load("lejepa_vitl14"))
+    length = schedules.plan(config, IMAGENET)
+    rate = schedules.optimizer_schedules(config, length)
+    assert max(rate["lr"](s) for s in range(0, length.steps, 50)) <= 5e-4 and rate["wd"](3) == 0.05
+    assert rate["lr"](length.steps) == pytest.approx(5e-7)
+    whole, local = config.views.global_, config.views.local
+    assert (whole.count, whole.size, whole.scale) == (2, 224, (0.3, 1.0))
+    assert (local.count, local.size, local.scale) == (6, 98, (0.05, 0.3))
+    for crops in (whole, local):
+        assert (crops.jitter, crops.grayscale, crops.blur, crops.solarize) == (0.8, 0.2, 0.5, 0.2)
+    options = config.method.options
+    assert (options["regularisation"], options["slices"], options["points"], options["t_max"]) == (0.05, 1024, 17, 5.0)

@@ -11,19 +11,23 @@ from selfsup.config import Config, MethodConfig, suggest, validate
 from selfsup.errors import UserError
 
 METHODS = {
+    "barlow_twins": "selfsup.methods.barlow_twins:BarlowTwins",
     "byol": "selfsup.methods.byol:BYOL",
     "byot": "selfsup.methods.byot:BYOT",
     "deit": "selfsup.methods.deit:DeiT",
     "dino": "selfsup.methods.dino:DINO",
     "distill": "selfsup.methods.distill:Distill",
     "ijepa": "selfsup.methods.ijepa:IJEPA",
+    "lejepa": "selfsup.methods.lejepa:LeJEPA",
     "moco": "selfsup.methods.moco:MoCo",
     "mocov3": "selfsup.methods.mocov3:MoCoV3",
     "msn": "selfsup.methods.msn:MSN",
     "simclr": "selfsup.methods.simclr:SimCLR",
+    "simsiam": "selfsup.methods.simsiam:SimSiam",
     "supcon": "selfsup.methods.supcon:SupCon",
     "supervised": "selfsup.methods.supervised:Supervised",
     "swav": "selfsup.methods.swav:SwAV",
+    "vicreg": "selfsup.methods.vicreg:VICReg",
 }
 
 

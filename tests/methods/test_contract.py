@@ -108,11 +108,12 @@ def test_same_seed_same_weights(name: str, images: Path) -> None:
 
 
 def test_state_round_trip(name: str, images: Path) -> None:
-    """A fresh method that loads the state computes the same, and goes on the same after a step."""
+    """A method of other weights that loads the state computes the same, and goes on the same after a step."""
     method, views, s = build(name, images)
-    other, _, _ = build(name, images)  # of the same seed: masks go by it
-    for value in other.state_dict().values():
-        value.add_(1)
+    other, _, _ = build(name, images)
+    for tensor in other.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.add_(1)
     results = []
     state = copy.deepcopy(method.state_dict())
     for m in (method, other):
@@ -157,8 +158,12 @@ def test_export(name: str, images: Path) -> None:
 
 
 def test_two_processes_equal_one(name: str, images: Path, tmp_path: Path) -> None:
-    """World size 2 at the same global batch: the same losses (float32), in logs that have each step once."""
-    config = tiny_config(name, f"data={images}", "precision=fp32", "steps=4")
+    """World size 2 at the same global batch: the same losses, in logs that have each step once.
+
+    In float32; in float64 for a head with batch norm, which divides by the small differences between images of a fresh net.
+    """
+    normalises = getattr(methods.find(methods.METHODS[name]), "batch_statistics", False)
+    config = tiny_config(name, f"data={images}", f"precision={'fp64' if normalises else 'fp32'}", "steps=4")
     selfsup.train(config, out=tmp_path / "one", quiet=True)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(dump(config))

@@ -39,6 +39,7 @@ SECOND_STUDENT = (
     "embed_dim: 24, depth: 1, num_heads: 2, drop_path_rate: 0.1}}]"
 )
 METHOD_OPTIONS = {
+    "barlow_twins": ["method.hidden_dim=48", "method.out_dim=32", "method.bias_lr=0.5"],
     "byol": ["method.hidden_dim=48", "method.out_dim=16"],
     "byot": ["method.feature_weight=0.01"],
     "deit": [
@@ -83,6 +84,8 @@ METHOD_OPTIONS = {
         "method.sinkhorn=3",
         "method.entropy_weight=0.1",
     ],
+    "lejepa": ["method.hidden_dim=48", "method.out_dim=16", "method.slices=32"],
+    "simsiam": ["method.hidden_dim=48", "method.out_dim=32", "method.predictor_dim=16"],
     "supervised": [
         "method.label_smoothing=0.1",
         "method.ema=0.9",
@@ -97,6 +100,7 @@ METHOD_OPTIONS = {
         "method.queue_length=12",
         "method.queue_start=0 steps",
     ],
+    "vicreg": ["method.hidden_dim=48", "method.out_dim=32"],
 }
 """Options that make each method small, and all of it run; a new method adds its row."""
 
