@@ -75,8 +75,8 @@ def compare(run: Path, expected: tuple[list[float], dict[str, torch.Tensor]]) ->
         if name.endswith("attn.qkv.bias"):  # a key's bias has no gradient but rounding, which Adam turns into steps
             third = value.shape[0] // 3
             mine, value = (torch.cat([x[:third], x[2 * third :]]) for x in (mine, value))
-        # the head's batch norm takes the last norm's bias away: it has no gradient but rounding either
-        near = 1e-7 if name == "backbone.model.norm.bias" else 1e-9
+        # the head's batch norm takes the last norm's bias away: it has no gradient but rounding either, and moves that mean
+        near = 1e-7 if name in ("backbone.model.norm.bias", "head.layers.1.running_mean") else 1e-9
         torch.testing.assert_close(mine, value, rtol=1e-8, atol=near, msg=lambda m, n=name: f"{n}: {m}")
 
 
