@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selfsup.backbones import packed, stages
+from selfsup.backbones import masked, packed, stages
 from selfsup.backbones.checkpointing import set_checkpointing
 from selfsup.backbones.features import Features
 from selfsup.backbones.positions import PosInterp
@@ -138,6 +138,14 @@ class Backbone(nn.Module):
         """`forward(images)` and `feature_maps(images, layers, norm=False)`, bit for bit, in one pass."""
         return stages.forward_stages(self, images, layers)
 
+    def forward_masked(self, images: Tensor, hidden: Tensor, mask_token: Tensor) -> Features:
+        """`forward` with mask_token [D] for the embeddings of hidden patches, bool [B, T], before positions. ViTs only."""
+        return masked.forward_masked(self, images, hidden, mask_token)
+
+    def encode_visible(self, images: Tensor, keep: Tensor) -> Tensor:
+        """Tokens [B, prefix + k, D], after the final norm, computed from the patches keep [B, k] alone. ViTs only."""
+        return masked.encode_visible(self, images, keep)
+
     def tokens(self, images: Tensor, n_last: int) -> list[tuple[Tensor | None, Tensor]]:
         """Of each of the last n layers, the last one last: (CLS [B, D] or None, mean of the patches [B, D]).
 
@@ -165,6 +173,10 @@ class Backbone(nn.Module):
         return torch.cat([self._attention(part) for part in images.split(chunk)])
 
     # -------------------------------------------------------------------------------------------------------- sizes
+
+    def token_grid(self, size: Size) -> tuple[int, int]:
+        """Rows and columns of the patch tokens of an image of `size` (pixels, or (height, width)). ViTs only."""
+        return masked.token_grid(self, *_pair(size))
 
     def check_size(self, size: Size) -> None:
         """Raise UserError if images of `size` (pixels, or (height, width)) cannot be taken; says which can."""
