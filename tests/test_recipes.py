@@ -145,3 +145,18 @@ def test_scaling_vit_is_the_paper() -> None:
     assert (rate["wd"](9), rate["wd_head"](9)) == (0.03, 3.0) and config.optimizer.name == "adafactor"
     assert config.backbone.options["global_pool"] == "map" and config.backbone.options["class_token"] is False
     assert (config.method.options["loss"], config.method.options["sum_classes"]) == ("sigmoid", True)
+
+
+def test_mae_vitb16_is_the_published_recipe() -> None:
+    """He et al., 2022, table 8 and section 4.1; PRETRAIN.md of the published code."""
+    config = methods.complete(load("mae_vitb16"))
+    length = schedules.plan(config, IMAGENET)
+    rate = schedules.optimizer_schedules(config, length)
+    assert length.steps == pytest.approx(800 * IMAGENET / 4096, abs=1)
+    assert rate["lr"](round(40 * IMAGENET / 4096) - 1) == pytest.approx(1.5e-4 * 16) and rate["lr"](length.steps) == 0
+    assert (config.optimizer.betas, config.optimizer.weight_decay, config.optimizer.clip) == ((0.9, 0.95), 0.05, None)
+    assert config.optimizer.weight_decay_end is None
+    crops, o = config.views.global_, config.method.options
+    assert (crops.count, crops.scale, crops.jitter, crops.hflip, config.views.local.count) == (1, (0.2, 1.0), 0, 0.5, 0)
+    assert (o["mask_ratio"], o["norm_pix"], o["fixed_positions"]) == (0.75, True, True)
+    assert (o["decoder_dim"], o["decoder_depth"], o["decoder_heads"]) == (512, 8, 16)

@@ -15,6 +15,7 @@ METHODS = {
     "deit": "selfsup.methods.deit:DeiT",
     "dino": "selfsup.methods.dino:DINO",
     "distill": "selfsup.methods.distill:Distill",
+    "mae": "selfsup.methods.mae:MAE",
     "supervised": "selfsup.methods.supervised:Supervised",
 }
 

@@ -61,6 +61,11 @@ METHOD_OPTIONS = {
         "method.ema=0.9",
         SECOND_STUDENT,
     ],
+    "mae": [
+        "method.decoder_dim=24",
+        "method.decoder_depth=2",
+        "method.decoder_heads=3",
+    ],
     "supervised": [
         "method.label_smoothing=0.1",
         "method.ema=0.9",
