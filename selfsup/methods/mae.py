@@ -63,10 +63,11 @@ class Decoder(nn.Module):
         Blocks do not know the order of tokens, positions tell: visible ones come first, and nothing is sorted back.
         """
         x = self.embed(tokens)  # [N, prefix + k, d]
-        positions = sincos_positions(x.shape[2], grid, x.device).to(x.dtype)  # [T, d]
+        wide = torch.promote_types(x.dtype, torch.float32)  # half precision would tell neighbours apart badly
+        positions = sincos_positions(x.shape[2], grid, x.device).to(wide)  # [T, d]
         prefix = tokens.shape[1] - keep.shape[1]
         seen = x[:, prefix:] + positions[keep]  # [N, k, d]
-        empty = self.mask_token.to(x.dtype) + positions[hidden]  # [N, T - k, d]
+        empty = self.mask_token + positions[hidden]  # [N, T - k, d]
         x = self.norm(self.blocks(torch.cat([x[:, :prefix], seen, empty], dim=1)))  # [N, prefix + T, d]
         return self.predict(x[:, prefix + keep.shape[1] :])
 
@@ -110,7 +111,9 @@ class MAE(nn.Module):
 
     def forward(self, batch: ViewBatch, s: Mapping[str, float]) -> dict[str, Tensor]:
         """See `contract.Method.forward`. images: [V, B, C, S, S] of each kind."""
-        backbone, first, total, encoded = self.student.backbone, 0, 0.0, []
+        backbone, first = self.student.backbone, 0
+        losses: list[Tensor] = []
+        encoded: list[Tensor] = []
         for kind, images in enumerate(batch.images):
             grid = backbone.token_grid((images.shape[3], images.shape[4]))
             keep, hidden = self._split(batch, range(first, first + len(images)), grid)  # [V*B, k], [V*B, T - k]
@@ -122,10 +125,10 @@ class MAE(nn.Module):
             target = target.gather(1, hidden[..., None].expand(-1, -1, target.shape[2]))  # [V*B, T - k, P]
             if self.options.norm_pix:
                 target = normalise_patches(target)
-            total = total + len(images) * reconstruction_loss(prediction, target)
+            losses.append(len(images) * reconstruction_loss(prediction, target))
             encoded.append(tokens.detach().mean(1))
             first += len(images)
-        return {"loss": torch.as_tensor(total / first), "health/feature_std": spread(torch.cat(encoded))}
+        return {"loss": torch.stack(losses).sum() / first, "health/feature_std": spread(torch.cat(encoded))}
 
     def _kept(self, grid: tuple[int, int]) -> int:
         """How many patches the encoder sees: rounded down, as in the published code."""
