@@ -160,3 +160,44 @@ def test_mae_vitb16_is_the_published_recipe() -> None:
     assert (crops.count, crops.scale, crops.jitter, crops.hflip, config.views.local.count) == (1, (0.2, 1.0), 0, 0.5, 0)
     assert (o["mask_ratio"], o["norm_pix"], o["fixed_positions"]) == (0.75, True, True)
     assert (o["decoder_dim"], o["decoder_depth"], o["decoder_heads"]) == (512, 8, 16)
+
+
+def test_ibot_vits16_is_the_published_recipe() -> None:
+    """The README's command for ViT-S/16, and the defaults of main_ibot.py."""
+    config = methods.complete(load("ibot_vits16"))
+    length = schedules.plan(config, IMAGENET)
+    rate = schedules.optimizer_schedules(config, length)
+    assert length.steps == pytest.approx(800 * IMAGENET / 1024, abs=1)
+    assert rate["lr"](round(10 * IMAGENET / 1024) - 1) == pytest.approx(0.002)
+    assert (rate["wd"](0), rate["wd"](length.steps)) == pytest.approx((0.04, 0.4))
+    assert (config.views.local.count, config.views.local.size) == (10, 96)
+    assert (config.views.global_.scale, config.views.local.scale) == ((0.25, 1.0), (0.05, 0.25))
+    o = config.method.options
+    assert (o["out_dim"], o["patch_out_dim"], o["norm_last_layer"]) == (8192, None, False)
+    assert (o["teacher_temp"], o["patch_temp"], o["warmup_teacher_temp"]) == (0.07, 0.07, 0.04)
+    assert (o["mask_probability"], tuple(o["mask_ratio"]), o["momentum"]) == (0.5, (0.1, 0.5), 0.996)
+
+
+def test_dinov2_vitl14_is_the_published_recipe() -> None:
+    """configs/train/vitl14.yaml over ssl_default_config.yaml; the last phase is the same, 62.5 times as fast, at 518 pixels."""
+    config = methods.complete(load("dinov2_vitl14"))
+    length = schedules.plan(config, 14_197_122)
+    rate = schedules.optimizer_schedules(config, length)
+    assert (length.steps, config.global_batch) == (500 * 1250, 3072)
+    assert max(rate["lr"](s) for s in range(99_000, 101_000, 100)) == pytest.approx(2e-4 * 3**0.5, rel=1e-3)
+    assert (rate["wd"](0), rate["wd"](length.steps)) == pytest.approx((0.04, 0.2))
+    o = config.method.options
+    assert (o["out_dim"], o["patch_out_dim"], o["bottleneck_dim"], o["patch_bottleneck_dim"]) == (
+        131072,
+        131072,
+        384,
+        256,
+    )
+    assert (o["momentum"], o["koleo_weight"], o["sinkhorn_iterations"]) == (0.994, 0.1, 3)
+    assert (config.views.global_.size, config.views.local.size, config.views.local.count) == (224, 98, 8)
+    high = methods.complete(load("dinov2_vitl14_highres"))
+    assert (high.steps, high.views.global_.size, high.init_from.heads) == (10_000, 518, "load")
+    assert high.method.options | {"teacher_temp_warmup": "", "freeze_last_layer": ""} == o | {
+        "teacher_temp_warmup": "",
+        "freeze_last_layer": "",
+    }

@@ -14,7 +14,9 @@ METHODS = {
     "byot": "selfsup.methods.byot:BYOT",
     "deit": "selfsup.methods.deit:DeiT",
     "dino": "selfsup.methods.dino:DINO",
+    "dinov2": "selfsup.methods.dinov2:DINOv2",
     "distill": "selfsup.methods.distill:Distill",
+    "ibot": "selfsup.methods.ibot:IBOT",
     "mae": "selfsup.methods.mae:MAE",
     "supervised": "selfsup.methods.supervised:Supervised",
 }

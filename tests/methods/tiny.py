@@ -52,6 +52,15 @@ METHOD_OPTIONS = {
         "method.bottleneck_dim=16",
         "method.freeze_last_layer=2 steps",
     ],
+    "dinov2": [
+        "method.out_dim=64",
+        "method.patch_out_dim=48",
+        "method.hidden_dim=48",
+        "method.bottleneck_dim=16",
+        "method.patch_bottleneck_dim=24",
+        "method.freeze_last_layer=2 steps",
+        "method.teacher_temp_warmup=5 steps",
+    ],
     "distill": [
         *ONE_VIEW,
         "teacher=tests.methods.tiny:tiny_teacher",
@@ -60,6 +69,14 @@ METHOD_OPTIONS = {
         "method.teacher_layers=[layer2, 3]",
         "method.ema=0.9",
         SECOND_STUDENT,
+    ],
+    "ibot": [
+        "method.out_dim=64",
+        "method.patch_out_dim=48",
+        "method.hidden_dim=48",
+        "method.bottleneck_dim=16",
+        "method.freeze_last_layer=2 steps",
+        "method.teacher_temp_warmup=5 steps",
     ],
     "mae": [
         "method.decoder_dim=24",
