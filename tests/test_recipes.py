@@ -201,3 +201,16 @@ def test_dinov2_vitl14_is_the_published_recipe() -> None:
         "teacher_temp_warmup": "",
         "freeze_last_layer": "",
     }
+
+
+def test_simmim_vitb16_is_the_published_recipe() -> None:
+    """The published 800-epoch ViT-B configuration, at the paper's batch of 2048."""
+    config = methods.complete(load("simmim_vitb16"))
+    length = schedules.plan(config, IMAGENET)
+    rate = schedules.optimizer_schedules(config, length)
+    epoch = IMAGENET / 2048
+    found = [rate["lr"](round(e * epoch)) for e in (0, 11, 699, 701)]
+    assert found == pytest.approx([2e-6, 4e-4, 4e-4, 4e-5], rel=1e-3)
+    o = config.method.options
+    assert (o["mask_ratio"], o["mask_patch_size"], o["distance"]) == (0.6, 32, "l1")
+    assert (config.views.global_.count, config.views.global_.scale, config.views.local.count) == (1, (0.67, 1.0), 0)

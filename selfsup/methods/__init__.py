@@ -18,6 +18,7 @@ METHODS = {
     "distill": "selfsup.methods.distill:Distill",
     "ibot": "selfsup.methods.ibot:IBOT",
     "mae": "selfsup.methods.mae:MAE",
+    "simmim": "selfsup.methods.simmim:SimMIM",
     "supervised": "selfsup.methods.supervised:Supervised",
 }
 

@@ -83,6 +83,7 @@ METHOD_OPTIONS = {
         "method.decoder_depth=2",
         "method.decoder_heads=3",
     ],
+    "simmim": ["method.mask_patch_size=8"],
     "supervised": [
         "method.label_smoothing=0.1",
         "method.ema=0.9",
