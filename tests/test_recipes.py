@@ -323,3 +323,72 @@ def test_lejepa_vitl14_is_the_published_recipe() -> None:
         assert (crops.jitter, crops.grayscale, crops.blur, crops.solarize) == (0.8, 0.2, 0.5, 0.2)
     options = config.method.options
     assert (options["regularisation"], options["slices"], options["points"], options["t_max"]) == (0.05, 1024, 17, 5.0)
+
+
+def test_mae_vitb16_is_the_published_recipe() -> None:
+    """He et al., 2022, table 8 and section 4.1; PRETRAIN.md of the published code."""
+    config = methods.complete(load("mae_vitb16"))
+    length = schedules.plan(config, IMAGENET)
+    rate = schedules.optimizer_schedules(config, length)
+    assert length.steps == pytest.approx(800 * IMAGENET / 4096, abs=1)
+    assert rate["lr"](round(40 * IMAGENET / 4096) - 1) == pytest.approx(1.5e-4 * 16) and rate["lr"](length.steps) == 0
+    assert (config.optimizer.betas, config.optimizer.weight_decay, config.optimizer.clip) == ((0.9, 0.95), 0.05, None)
+    assert config.optimizer.weight_decay_end is None
+    crops, o = config.views.global_, config.method.options
+    assert (crops.count, crops.scale, crops.jitter, crops.hflip, config.views.local.count) == (1, (0.2, 1.0), 0, 0.5, 0)
+    assert (o["mask_ratio"], o["norm_pix"], o["fixed_positions"]) == (0.75, True, True)
+    assert (o["decoder_dim"], o["decoder_depth"], o["decoder_heads"]) == (512, 8, 16)
+
+
+def test_ibot_vits16_is_the_published_recipe() -> None:
+    """The README's command for ViT-S/16, and the defaults of main_ibot.py."""
+    config = methods.complete(load("ibot_vits16"))
+    length = schedules.plan(config, IMAGENET)
+    rate = schedules.optimizer_schedules(config, length)
+    assert length.steps == pytest.approx(800 * IMAGENET / 1024, abs=1)
+    assert rate["lr"](round(10 * IMAGENET / 1024) - 1) == pytest.approx(0.002)
+    assert (rate["wd"](0), rate["wd"](length.steps)) == pytest.approx((0.04, 0.4))
+    assert (config.views.local.count, config.views.local.size) == (10, 96)
+    assert (config.views.global_.scale, config.views.local.scale) == ((0.25, 1.0), (0.05, 0.25))
+    o = config.method.options
+    assert (o["out_dim"], o["patch_out_dim"], o["norm_last_layer"]) == (8192, None, False)
+    assert (o["teacher_temp"], o["patch_temp"], o["warmup_teacher_temp"]) == (0.07, 0.07, 0.04)
+    assert (o["mask_probability"], tuple(o["mask_ratio"]), o["momentum"]) == (0.5, (0.1, 0.5), 0.996)
+
+
+def test_dinov2_vitl14_is_the_published_recipe() -> None:
+    """configs/train/vitl14.yaml over ssl_default_config.yaml; the last phase is the same, 62.5 times as fast, at 518 pixels."""
+    config = methods.complete(load("dinov2_vitl14"))
+    length = schedules.plan(config, 14_197_122)
+    rate = schedules.optimizer_schedules(config, length)
+    assert (length.steps, config.global_batch) == (500 * 1250, 3072)
+    assert max(rate["lr"](s) for s in range(99_000, 101_000, 100)) == pytest.approx(2e-4 * 3**0.5, rel=1e-3)
+    assert (rate["wd"](0), rate["wd"](length.steps)) == pytest.approx((0.04, 0.2))
+    o = config.method.options
+    assert (o["out_dim"], o["patch_out_dim"], o["bottleneck_dim"], o["patch_bottleneck_dim"]) == (
+        131072,
+        131072,
+        384,
+        256,
+    )
+    assert (o["momentum"], o["koleo_weight"], o["sinkhorn_iterations"]) == (0.994, 0.1, 3)
+    assert (config.views.global_.size, config.views.local.size, config.views.local.count) == (224, 98, 8)
+    high = methods.complete(load("dinov2_vitl14_highres"))
+    assert (high.steps, high.views.global_.size, high.init_from.heads) == (10_000, 518, "load")
+    assert high.method.options | {"teacher_temp_warmup": "", "freeze_last_layer": ""} == o | {
+        "teacher_temp_warmup": "",
+        "freeze_last_layer": "",
+    }
+
+
+def test_simmim_vitb16_is_the_published_recipe() -> None:
+    """The published 800-epoch ViT-B configuration, at the paper's batch of 2048."""
+    config = methods.complete(load("simmim_vitb16"))
+    length = schedules.plan(config, IMAGENET)
+    rate = schedules.optimizer_schedules(config, length)
+    epoch = IMAGENET / 2048
+    found = [rate["lr"](round(e * epoch)) for e in (0, 11, 699, 701)]
+    assert found == pytest.approx([2e-6, 4e-4, 4e-4, 4e-5], rel=1e-3)
+    o = config.method.options
+    assert (o["mask_ratio"], o["mask_patch_size"], o["distance"]) == (0.6, 32, "l1")
+    assert (config.views.global_.count, config.views.global_.scale, config.views.local.count) == (1, (0.67, 1.0), 0)

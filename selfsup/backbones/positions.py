@@ -13,6 +13,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from selfsup.errors import UserError
+
 PosInterp = Literal["size", "timm", "dino"]
 
 
@@ -61,6 +63,32 @@ def resample_tokens(
     grid = pos[:, prefix:].reshape(1, *old, pos.shape[-1])  # [1, H, W, D]
     grid = resample_grid(grid, new, mode, by_matrix).reshape(1, -1, pos.shape[-1])  # [1, h*w, D]
     return torch.cat([pos[:, :prefix], grid], dim=1)
+
+
+def sincos_positions(dim: int, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    """Fixed positions of a grid (h, w), float64 [h*w, dim]: sines and cosines of the column, then of the row.
+
+    Vaswani et al., 2017, section 3.5, for two axes as in MoCo v3 and MAE; dim is a multiple of 4.
+    """
+    if dim % 4:
+        raise UserError(f"fixed positions need a width that is a multiple of 4, not {dim}")
+    rate = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim // 4))  # [dim/4]
+    axes = [torch.arange(n, dtype=torch.float64, device=device)[:, None] * rate for n in grid]  # [h, dim/4], [w, dim/4]
+    rows, columns = (torch.cat([a.sin(), a.cos()], dim=1) for a in axes)  # [h, dim/2], [w, dim/2]
+    h, w = grid
+    both = torch.cat([columns[None].expand(h, -1, -1), rows[:, None].expand(-1, w, -1)], dim=2)  # [h, w, dim]
+    return both.flatten(0, 1)
+
+
+@torch.no_grad()
+def fix_positions(model: Any) -> None:
+    """Give a ViT the fixed positions instead of learnt ones: those of CLS and registers are zero, as in MAE's code."""
+    if model.pos_embed is None:
+        return
+    patches = sincos_positions(model.embed_dim, tuple(model.patch_embed.grid_size))
+    model.pos_embed.zero_()
+    model.pos_embed[0, -len(patches) :] = patches.to(model.pos_embed.dtype)
+    model.pos_embed.requires_grad_(False)
 
 
 class _Resampled(nn.Module):

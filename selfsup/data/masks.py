@@ -27,7 +27,7 @@ class Masks:
     index: Tensor
     """int64 [M]: the masked tokens in the flattened [N * T], ascending."""
     weights: Tensor
-    """float32 [M]: one by the number of masked tokens of its image."""
+    """float64 [M]: one by the number of masked tokens of its image."""
     counts: np.ndarray
     """int64 [N], on the host."""
 
@@ -40,7 +40,7 @@ class Masks:
     def of(cls, masked: np.ndarray, device: torch.device) -> "Masks":
         """From bool [N, T]."""
         counts = masked.sum(1, dtype=np.int64)
-        weights = np.repeat(1 / np.maximum(counts, 1), counts).astype(np.float32)
+        weights = np.repeat(1 / np.maximum(counts, 1), counts)
         return cls(
             to_device(masked, device), to_device(np.flatnonzero(masked), device), to_device(weights, device), counts
         )

@@ -54,6 +54,15 @@ METHOD_OPTIONS = {
         "method.bottleneck_dim=16",
         "method.freeze_last_layer=2 steps",
     ],
+    "dinov2": [
+        "method.out_dim=64",
+        "method.patch_out_dim=48",
+        "method.hidden_dim=48",
+        "method.bottleneck_dim=16",
+        "method.patch_bottleneck_dim=24",
+        "method.freeze_last_layer=2 steps",
+        "method.teacher_temp_warmup=5 steps",
+    ],
     "distill": [
         *ONE_VIEW,
         "teacher=tests.methods.tiny:tiny_teacher",
@@ -86,6 +95,20 @@ METHOD_OPTIONS = {
     ],
     "lejepa": ["method.hidden_dim=48", "method.out_dim=16", "method.slices=32"],
     "simsiam": ["method.hidden_dim=48", "method.out_dim=32", "method.predictor_dim=16"],
+    "ibot": [
+        "method.out_dim=64",
+        "method.patch_out_dim=48",
+        "method.hidden_dim=48",
+        "method.bottleneck_dim=16",
+        "method.freeze_last_layer=2 steps",
+        "method.teacher_temp_warmup=5 steps",
+    ],
+    "mae": [
+        "method.decoder_dim=24",
+        "method.decoder_depth=2",
+        "method.decoder_heads=3",
+    ],
+    "simmim": ["method.mask_patch_size=8"],
     "supervised": [
         "method.label_smoothing=0.1",
         "method.ema=0.9",
