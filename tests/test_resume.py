@@ -105,14 +105,18 @@ def assert_same(run: Path, whole: Path, world: int, what: str) -> None:
 FAST = [("fp32", 4, 1), ("bf16", 1, 2)]
 """(precision, accumulate, world); the others of the matrix are slow."""
 
+THOROUGH = ("dino", "dinov2", "distill", "moco")
+"""Methods that go through all of the matrix: what it varies is the trainer's, and these have every kind of state that there is.
+The others go through the fast cases, batch norm, and another world size."""
+
 MATRIX = [
-    pytest.param(*case, marks=() if case in FAST else pytest.mark.slow)
-    for case in itertools.product(("bf16", "fp32"), (1, 4), (1, 2, 4))
+    pytest.param(method, *case, marks=() if case in FAST else pytest.mark.slow)
+    for method in sorted(METHODS)
+    for case in (itertools.product(("bf16", "fp32"), (1, 4), (1, 2, 4)) if method in THOROUGH else FAST)
 ]
 
 
-@pytest.mark.parametrize(("precision", "accumulate", "world"), MATRIX)
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize(("method", "precision", "accumulate", "world"), MATRIX)
 def test_resume_is_bitwise(lab: Lab, tmp_path: Path, method: str, precision: str, accumulate: int, world: int) -> None:
     if hasattr(find(method), "whole_batch"):
         accumulate = 1  # more is refused
@@ -141,11 +145,15 @@ def test_resume_is_bitwise_with_batch_norm(lab: Lab, tmp_path: Path, method: str
     assert_same(tmp_path / "parts", tmp_path / "whole", 2, f"stopped at {places}; SELFSUP_TEST_SEED={SEED}")
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)],
-)
-@pytest.mark.parametrize("method", sorted(METHODS))
+WORLDS = [
+    pytest.param(method, *worlds, marks=() if worlds == (2, 1) else pytest.mark.slow)
+    for method in sorted(METHODS)
+    for worlds in ((2, 1), (1, 2), (4, 2))
+    if method in THOROUGH or worlds == (2, 1)
+]
+
+
+@pytest.mark.parametrize(("method", "before", "after"), WORLDS)
 def test_resume_at_another_world_size(lab: Lab, tmp_path: Path, method: str, before: int, after: int) -> None:
     """Announced as not bitwise; the losses of the next steps are those of the run that went on as it was."""
     draw = random.Random(f"{SEED} {method} {before} {after}")
