@@ -22,9 +22,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import protocol  # noqa: E402
 
 WARM = 10
 """Steps that are not timed."""
@@ -58,8 +55,8 @@ def teacher() -> Any:
     import torch
 
     torch.manual_seed(0)
-    size = {"img_size": 112} if "vit" in os.environ["TEACHER"] else {}
-    return timm.create_model(os.environ["TEACHER"], num_classes=10, in_chans=1, **size)
+    options: dict[str, Any] = {"img_size": 112} if "vit" in os.environ["TEACHER"] else {}
+    return timm.create_model(os.environ["TEACHER"], num_classes=10, in_chans=1, **options)
 
 
 def speed(case: Case, way: str, cache: Path, steps: int, work: Path) -> float:
@@ -136,7 +133,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = {name: measure(CASES[name], args.steps, args.rounds) for name in names}
     print(table(results))
     if args.json is not None:
-        args.json.write_text(json.dumps({"machine": protocol.machine(), "results": results}, indent=1) + "\n")
+        sys.path.insert(0, str(ROOT))
+        from selfsup import runtime
+
+        args.json.write_text(
+            json.dumps(
+                {"date": time.strftime("%Y-%m-%d"), "machine": runtime.fingerprint(), "results": results}, indent=1
+            )
+            + "\n"
+        )
     return 0
 
 

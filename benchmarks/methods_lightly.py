@@ -201,7 +201,7 @@ def run(method: str, recipe: Path, out: Path, steps: int, snapshots: int) -> dic
         s = schedules.evaluate(rates, step)
         set_hyperparameters(optimizer, s["lr"], s["wd"])
         optimizer.zero_grad()
-        example.loss(views, step / steps).backward()  # type: ignore[no-untyped-call]
+        example.loss(views, step / steps).backward()
         optimizer.step()
         images += len(views[0])
         if step + 1 in evaluated:

@@ -123,7 +123,8 @@ def _note(line: dict[str, Any], found: Curves) -> None:
     state = health.get("state", "ok") if isinstance(health, dict) else "ok"
     if isinstance(state, str) and state != "ok":
         found.states.append((line["step"], state))
-    for name in evaluations if isinstance(evaluations, dict) else ():
+    evaluations = evaluations if isinstance(evaluations, dict) else {}
+    for name in evaluations:
         value = _number(evaluations, name) if "." not in name else math.nan
         if math.isfinite(value):
             found.evaluations.setdefault(str(name), []).append((line["step"], value))

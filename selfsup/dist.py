@@ -130,7 +130,8 @@ def all_gather_with_grad(tensor: Tensor) -> Tensor:
     """
     if not td.is_initialized():
         return tensor
-    return _Gather.apply(tensor)  # type: ignore[no-any-return, no-untyped-call]
+    gathered: Tensor = _Gather.apply(tensor)
+    return gathered
 
 
 def mean_with_grad(tensor: Tensor) -> Tensor:

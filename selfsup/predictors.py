@@ -1,5 +1,7 @@
 """Networks that tell the features of patches that were not seen, from those of patches that were."""
 
+from typing import Any
+
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -32,7 +34,7 @@ def init_transformer(module: nn.Module) -> None:
             nn.init.trunc_normal_(child.weight, std=0.02)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)
-    blocks = [child for child in module.modules() if isinstance(child, Block)]
+    blocks: list[Any] = [child for child in module.modules() if isinstance(child, Block)]
     with torch.no_grad():
         for i, block in enumerate(blocks, start=1):
             block.attn.proj.weight.div_((2.0 * i) ** 0.5)

@@ -207,7 +207,7 @@ def _sizes(source: Source, deadline: float) -> tuple[np.ndarray, np.ndarray]:
     sizes = np.empty(len(indices), dtype=np.int64)
     done = 0
     for done, index in enumerate(indices.tolist(), 1):
-        sizes[done - 1] = source.stored_bytes(index)
+        sizes[done - 1] = source.stored_bytes(index) or 0
         counting.at(done)
         if done % 256 == 0 and time.monotonic() > deadline:
             break

@@ -49,7 +49,8 @@ class CRDMemory(nn.Module):
             self._seen, self._step = [], batch.step
         self._seen.append((ids, keys, torch.stack((student.detach(), teacher.detach()), 1)))
         index = torch.cat((ids[:, None], self.draw(batch.step, keys)), 1)  # [V*B, 1+N]
-        log_z = crd_log_normaliser(*self.student_rows.shape, self.temperature)
+        images, width = self.student_rows.shape
+        log_z = crd_log_normaliser(images, width, self.temperature)
         return crd_bank(student, teacher, self.student_rows, self.teacher_rows, index, self.temperature, log_z)
 
     def draw(self, step: int, keys: Tensor) -> Tensor:

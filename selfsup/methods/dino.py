@@ -130,7 +130,8 @@ class DINO(nn.Module):
         frozen, temperature = s["freeze_last_layer"] > 0, self.options.student_temp
         prototypes = self.student.head.last_layer
         if "prototypes" in self.shortcuts and not prototypes._forward_hooks:  # whoever watches it wants it called
-            loss = prototype_loss(x, *prototypes.parts(frozen), q, temperature)
+            direction, scale = prototypes.parts(frozen)
+            loss = prototype_loss(x, direction, scale, q, temperature)
         else:
             loss = dino_loss(prototypes(x, frozen), q, temperature)
 
