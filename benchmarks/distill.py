@@ -116,7 +116,7 @@ def measure(lab: Lab, row: Row, seed: int) -> dict[str, Any]:
         "loss": metrics[-1]["loss"],
         "steps": steps,
         "seconds": round(seconds, 1),
-        "overrides": overrides,
+        "overrides": [text for text in overrides if not text.startswith(("data.path", "data.val", "teacher.path"))],
     }
 
 
