@@ -8,7 +8,7 @@ Section 3 of the paper; of several views of an image each is reconstructed by it
 import copy
 from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from selfsup.backbones import Backbone
 from selfsup.backbones.masked import check_maskable
 from selfsup.backbones.positions import fix_positions, sincos_positions
-from selfsup.backbones.stochastic import key_stochastic_layers
+from selfsup.backbones.stochastic import StochasticKeys, key_stochastic_layers
 from selfsup.backbones.xavier import xavier
 from selfsup.config import Config, Positive, Section
 from selfsup.data.masks import random_masks, to_device
@@ -49,7 +49,7 @@ class Decoder(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int, dim: int, depth: int, heads: int) -> None:
         super().__init__()
-        norm = partial(nn.LayerNorm, eps=1e-6)
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self.embed = nn.Linear(in_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(dim).normal_(std=0.02))
         self.blocks = nn.Sequential(*[Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)])
@@ -97,8 +97,8 @@ class MAE(nn.Module):
         pixels = backbone.patch_size**2 * backbone.in_chans
         o = options
         head = Decoder(backbone.embed_dim, pixels, o.decoder_dim, o.decoder_depth, o.decoder_heads)
-        self.student = Network(backbone, head)
-        self.random = key_stochastic_layers(self.student, config.seed)
+        self.student: Network = Network(backbone, head)
+        self.random: StochasticKeys | None = key_stochastic_layers(self.student, config.seed)
         self.batch_statistics = has_batch_statistics(self.student)
 
     def views(self) -> list[View]:
@@ -128,7 +128,8 @@ class MAE(nn.Module):
             losses.append(len(images) * reconstruction_loss(prediction, target))
             encoded.append(tokens.detach().mean(1))
             first += len(images)
-        return {"loss": torch.stack(losses).sum() / first, "health/feature_std": spread(torch.cat(encoded))}
+        # not among what is watched for collapse: to predict pixels from them, features need not spread, and they cannot collapse
+        return {"loss": torch.stack(losses).sum() / first, "feature_std": spread(torch.cat(encoded))}
 
     def _kept(self, grid: tuple[int, int]) -> int:
         """How many patches the encoder sees: rounded down, as in the published code."""

