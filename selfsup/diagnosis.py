@@ -228,7 +228,7 @@ def _told(curves: Curves) -> list[Finding]:
     if not curves.states:
         return []
     step, kind = curves.states[-1]
-    lasts = step == curves.step[-1]
+    lasts = bool(step == curves.step[-1])
     places = np.searchsorted(curves.step, [at for at, _ in curves.states])
     apart = np.flatnonzero(np.diff(places) > 1)  # where it was well in between
     first = curves.states[int(apart[-1]) + 1 if len(apart) else 0][0]

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from selfsup import doctor, methods
 from selfsup.config import DataConfig, load
 from selfsup.data.datasets import DatasetSource
 from selfsup.doctor import advice, machine, report
-from selfsup.doctor import survey as surveying
 from selfsup.doctor.machine import Device, Machine
-from selfsup.doctor.survey import Survey, survey
+from selfsup.doctor.survey import Classes, Survey, survey
 from selfsup.errors import UserError
 from tests.methods.tiny import cli, write_images
+
+SURVEYING = sys.modules["selfsup.doctor.survey"]  # the package has a function of this name
 
 
 def here(**changes: Any) -> Machine:
@@ -124,7 +126,7 @@ def test_other_sources(folder: Path, tmp_path: Path) -> None:
 
     data = Images()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(surveying, "open_source", lambda *a, **k: DatasetSource(data, 3, DataConfig(), "images"))
+        patch.setattr(SURVEYING, "open_source", lambda *a, **k: DatasetSource(data, 3, DataConfig(), "images"))
         found = survey("anything", sample=50)
     assert found.decoded == 50 and found.sizes_seen == 0 and found.classes is not None and found.classes.looked_at == 50
     assert data.asked < 400 and found.duplicates.what == "decoded images"
@@ -135,11 +137,11 @@ def test_work_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     write_images(tmp_path, count=30, size=16)
     for i in range(30):
         Image.new("RGB", (16, 16), (i, i, i)).save(tmp_path / f"same_size_{i}.bmp")
-    monkeypatch.setattr(surveying, "MOST_HASHED", 7)
+    monkeypatch.setattr(SURVEYING, "MOST_HASHED", 7)
     found = survey(str(tmp_path), sample=12)
     assert (found.decoded, found.duplicates.hashed, found.duplicates.found) == (12, 7, 0)
     assert found.duplicates.same_size >= 30 and "no duplicate found" in "\n".join(report.data_lines(found))
-    monkeypatch.setattr(surveying, "MOST_SIZES", 20)
+    monkeypatch.setattr(SURVEYING, "MOST_SIZES", 20)
     assert survey(str(tmp_path)).sizes_seen == 20
     again, other = survey(str(tmp_path), sample=12), survey(str(tmp_path), sample=12)
     assert again.width.tolist() == other.width.tolist()
@@ -206,7 +208,7 @@ def test_what_the_machine_changes(tmp_path: Path) -> None:
     assert options(large, here(gpus=gpus(8), cpus=64)).config.workers == 7
     starved = options(seen(5_000, 30, 30), here(free=10**9, cpus=64, disk_free=10**6, shared_free=64 << 20))
     assert starved.config.workers == 1 and sum("free" in w for w in starved.warnings) == 3
-    labelled = surveying.Classes(3, 9, 0, ("a", 3), 3.0, ("b", 3), 9)
+    labelled = Classes(3, 9, 0, ("a", 3), 3.0, ("b", 3), 9)
     found = options(seen(9000, 30, 30, classes=labelled), here())
     assert found.then is not None and found.then.startswith("selfsup eval knn ")
     assert options(seen(9000, 30, 30), here()).then is None

@@ -85,4 +85,5 @@ def test_a_resumed_monitor_judges_as_one(at: int) -> None:
 
 
 def test_every_name_has_advice() -> None:
-    assert set(ADVICE) == {"collapse: uniform", "collapse: constant", "collapse: features"}
+    collapses = {"collapse: uniform", "collapse: constant", "collapse: features"}
+    assert set(ADVICE) == collapses | {"diverges", "flat loss", "refuses steps", "starves for data"}
