@@ -35,6 +35,8 @@ if importlib.util.find_spec("benchmarks") is None:
 
 from benchmarks import distill_table, forks  # noqa: E402
 from benchmarks.distill_rows import BASE, BATCH, GROUPS, ROWS, Row  # noqa: E402
+from benchmarks.forks import say  # noqa: E402
+from selfsup import durable  # noqa: E402
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 CALIBRATION = 40
@@ -71,9 +73,7 @@ class Lab:
             self.runs.setdefault(row.name, {})[str(seed)] = found
             text = json.dumps({"setting": self.setting, "runs": self.runs}, indent=1, sort_keys=True)
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.file.with_name(f".{self.file.name}.tmp")
-            temporary.write_text(text + "\n")
-            os.replace(temporary, self.file)
+            durable.write_atomically(self.file, text + "\n")
 
     def forget_stale(self) -> None:
         """Drop what was measured with another setting or of rows that have changed since."""
@@ -90,11 +90,6 @@ class Lab:
 
 def _row(name: str) -> Row:
     return next(row for row in ROWS if row.name == name)
-
-
-def say(text: str) -> None:
-    """On stderr, with the time."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- one run

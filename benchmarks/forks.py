@@ -18,6 +18,11 @@ class Failed(Exception):
     """A run that ended otherwise than it should; the message is the end of what it said."""
 
 
+def say(text: str) -> None:
+    """On stderr, with the time."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
 @dataclass(frozen=True)
 class Spent:
     """What a command took."""

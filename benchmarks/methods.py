@@ -20,7 +20,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,9 @@ if importlib.util.find_spec("benchmarks") is None:
     sys.path.append(str(ROOT))
 
 from benchmarks import forks, methods_table  # noqa: E402
+from benchmarks.forks import say  # noqa: E402
 from benchmarks.methods_lightly import EXAMPLES  # noqa: E402
+from selfsup import durable  # noqa: E402
 
 CALIBRATION = 40
 """Steps from which the steps of a budget are reckoned; the first quarter does not count."""
@@ -69,14 +70,7 @@ class Lab:
             self.runs.setdefault(row, {})[str(seed)] = found
             text = json.dumps({"budget": self.budget, "runs": self.runs}, indent=1, sort_keys=True)
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.file.with_name(f".{self.file.name}.tmp")
-            temporary.write_text(text + "\n")
-            os.replace(temporary, self.file)
-
-
-def say(text: str) -> None:
-    """On stderr, with the time."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+            durable.write_atomically(self.file, text + "\n")
 
 
 def demos() -> dict[str, str]:

@@ -162,7 +162,7 @@ def evaluate(
         queries.array(request), np.where(readable[1], pair.val_labels, -1),
         ks=settings.k, temperatures=settings.temperature, classes=pair.classes, backend=settings.backend, device=target.device,
     )  # fmt: skip
-    first = rows[0]
+    first, features = rows[0], bank.array(request)
     protocol = {
         "k": first["k"],
         "temperature": first["temperature"],
@@ -171,8 +171,8 @@ def evaluate(
         "vote": "exp(cosine / T), as DINO's eval_knn; neighbour ties by lower index, vote ties by lower class",
         "selected": "the first k and temperature given; nothing is chosen on val",
         **facts,
-        "dimensions": bank.array(request).shape[1],
-        "rankme": rankme(bank.array(request)[readable[0]]),
+        "dimensions": features.shape[1],
+        "rankme": rankme(features if readable[0].all() else features[readable[0]]),
         "unlabelled_left_out": left_out,
         "unreadable_left_out": {"train": int((~readable[0]).sum()), "val": int((~readable[1]).sum())},
         "top1_interval_95": results.interval(first["top1"], facts["val_images"]),

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,12 @@ def read(run: Path, since: float | None = None) -> Figures:
 
 CHOSEN_BY = ("top1", "classify_top1", "knn_top1")
 """What tells whether a run is good, the first that there is: of what it learned to tell during training or after, or k-NN."""
+
+
+def chosen_by(metrics: Iterable[Mapping[str, float]]) -> str | None:
+    """The figure of CHOSEN_BY that runs with these metrics are compared by: the first that any has."""
+    there = {name for each in metrics for name in each}
+    return next((name for name in CHOSEN_BY if name in there), None)
 
 
 def step_key(name: str) -> str:

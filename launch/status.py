@@ -286,7 +286,7 @@ def _notes(statuses: Sequence[RunStatus]) -> list[str]:
 
 def _cells(status: RunStatus) -> tuple[str, ...]:
     speed, shown = status.metrics.get("img_per_s"), ""
-    if (name := next((name for name in figures.CHOSEN_BY if name in status.metrics), None)) is not None:
+    if (name := figures.chosen_by([status.metrics])) is not None:
         shown = f"{100 * status.metrics[name]:.1f} %" + (" k-NN" if name == "knn_top1" else "")
         at = status.metrics.get(figures.step_key(name))
         if at is not None and at != status.step:

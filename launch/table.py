@@ -42,8 +42,8 @@ def table(submitted: Submission, found: Sequence[RunStatus]) -> list[dict[str, A
     combinations = [*itertools.product(*submitted.sweep.values())]  # in the order in which runs are named
     if len(combinations) != len(submitted.runs):
         combinations = [() for _ in submitted.runs]
-    by = _chosen_by([each.metrics for each in found])
-    scores = [each.metrics[by] for each in found if by in each.metrics]
+    by = figures.chosen_by(each.metrics for each in found)
+    scores = [each.metrics[by] for each in found if by is not None and by in each.metrics]
     return [
         {
             "run": name,
@@ -52,21 +52,16 @@ def table(submitted: Submission, found: Sequence[RunStatus]) -> list[dict[str, A
             "step": each.step,
             "steps": each.steps,
             "metrics": each.metrics,
-            "best": bool(scores) and each.metrics.get(by) == max(scores),
+            "best": by is not None and each.metrics.get(by) == max(scores),
         }
         for name, values, each in zip(submitted.runs, combinations, found)
     ]
 
 
-def _chosen_by(metrics: Sequence[Mapping[str, float]]) -> str:
-    """The figure that the runs are compared by."""
-    return next((name for name in figures.CHOSEN_BY if any(name in each for each in metrics)), figures.CHOSEN_BY[-1])
-
-
 def show(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
     """Aligned columns, the best marked with a *."""
     named = {name: None for row in rows for name in row["metrics"] if name not in _LEFT_OUT}
-    by = _chosen_by([row["metrics"] for row in rows])
+    by = figures.chosen_by(row["metrics"] for row in rows)
     metrics = sorted(named, key=lambda name: (name != "loss", name != by, name))
     lines = [["", *(keys or ("run",)), "state", "step", *metrics]]
     for row in rows:

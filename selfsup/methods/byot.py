@@ -6,7 +6,6 @@ the deepest exit, and to bring their features near its features. All of it is on
 alone: it costs what the stages before it cost.
 """
 
-import contextlib
 import copy
 from collections.abc import Mapping
 from typing import Annotated, ClassVar
@@ -14,7 +13,6 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfsup import dist
 from selfsup.backbones import Backbone, create_backbone
@@ -28,6 +26,7 @@ from selfsup.exits import ExitNetwork, Norm, exits_for
 from selfsup.losses.byot import byot_loss
 from selfsup.losses.classification import Smoothing, one_hot, smooth
 from selfsup.methods.contract import Labels, ViewBatch
+from selfsup.methods.network import drawing, has_batch_statistics
 from selfsup.schedules import Plan, Schedule
 
 NonNegative = Annotated[float, Field(ge=0)]
@@ -77,7 +76,7 @@ class BYOT(nn.Module):
         self.mixer.check(config.global_batch // (config.accumulate * dist.world()))
         self.student = ExitNetwork(backbone, head, exits, layers)
         self.random = key_stochastic_layers(self.student, config.seed)
-        self.batch_statistics = any(isinstance(m, _BatchNorm) for m in self.student.modules())
+        self.batch_statistics = has_batch_statistics(self.student)
 
     def views(self) -> list[View]:
         """Global crops alone."""
@@ -92,7 +91,7 @@ class BYOT(nn.Module):
         images, keys, o = batch.images[0], batch.keys(0), self.options  # keys [V*B]
         views = images.shape[0]
         images, targets = self.mixer(images, batch.labels, batch.positions, batch.step, self.encode, s.get("mix", 1.0))
-        with contextlib.nullcontext() if self.random is None else self.random.at(batch.step, keys):
+        with drawing(self.random, batch.step, keys):
             features, logits = self.student(images.flatten(0, 1))  # an exit: [V*B, D], [V*B, K]
         targets = targets.to(torch.promote_types(logits[-1].dtype, torch.float32)).repeat(views, 1)  # [V*B, K]
         weights = {"alpha": o.alpha, "temperature": o.temperature, "feature_weight": o.feature_weight}

@@ -6,7 +6,6 @@ token what a frozen teacher says: its decision (hard, equation 3) or its distrib
 heads' logits are averaged; the exported model is timm's `*_distilled`.
 """
 
-import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
@@ -16,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from selfsup.backbones import Backbone, create_backbone
-from selfsup.backbones.stochastic import key_stochastic_layers, strip_stochastic_layers
+from selfsup.backbones.stochastic import key_stochastic_layers
 from selfsup.config import Config, Probability, Section
 from selfsup.data.base import Source
 from selfsup.data.mixing import Mixer
@@ -27,6 +26,7 @@ from selfsup.losses.classification import one_hot, smooth, soft_cross_entropy
 from selfsup.losses.numerics import at_least_float32
 from selfsup.methods.contract import Labels, ViewBatch
 from selfsup.methods.distill_terms import hard_term, soft_term
+from selfsup.methods.network import drawing, has_batch_statistics, momentum_copy
 from selfsup.methods.outputs import Wanted
 from selfsup.methods.teacher_cache import TeacherCache, ask, open_cache
 from selfsup.methods.teacher_sources import open_teacher
@@ -121,11 +121,9 @@ class DeiT(nn.Module):
         self.student = DistilledNet(backbone, self.classes)
         self.teacher: DistilledNet | None = None
         if options.ema is not None:
-            self.teacher = copy.deepcopy(self.student)
-            strip_stochastic_layers(self.teacher)
-            self.teacher.requires_grad_(False)
+            self.teacher = momentum_copy(self.student)
         self.random = key_stochastic_layers(self.student, config.seed)
-        self.batch_statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.student.modules())
+        self.batch_statistics = has_batch_statistics(self.student)
         self.mixer = Mixer(config.mix, config.seed, config.global_batch)
         self.cache: TeacherCache | None = None
         keep_sha256(self, self.frozen)
@@ -158,7 +156,7 @@ class DeiT(nn.Module):
         )
         images, targets = mixed.flatten(0, 1), said.repeat(views, 1)  # [V*B, C, S, S], [V*B, K]
         taught = ask(self.frozen, self.cache, images, self.wanted, batch)
-        with contextlib.nullcontext() if self.random is None else self.random.at(batch.step, batch.keys(0)):
+        with drawing(self.random, batch.step, batch.keys(0)):
             z_cls, z_dist = (at_least_float32(z) for z in self.student.both(images))  # [V*B, K]
         from_labels = soft_cross_entropy(z_cls, targets)
         hard = o.distillation == "hard"

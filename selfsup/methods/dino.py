@@ -20,14 +20,21 @@ from selfsup.backbones.stochastic import key_stochastic_layers
 from selfsup.config import Config, Duration, Positive, Probability, Section
 from selfsup.data.views import View, multicrop
 from selfsup.ema import ema_update
-from selfsup.errors import UserError
 from selfsup.heads import DINOHead
-from selfsup.losses.dino import dino_loss, teacher_health, teacher_probabilities
+from selfsup.losses.dino import teacher_health, teacher_probabilities
 from selfsup.losses.numerics import at_least_float32
-from selfsup.losses.prototypes import prototype_loss
 from selfsup.methods.contract import Labels, ViewBatch
-from selfsup.methods.network import Network, build_backbone, embed_views, has_batch_statistics, momentum_copy, spread
-from selfsup.schedules import Plan, Schedule, cosine, linear
+from selfsup.methods.network import (
+    Network,
+    build_backbone,
+    check_views,
+    embed_views,
+    has_batch_statistics,
+    momentum_copy,
+    spread,
+)
+from selfsup.methods.prototypes import move_center, prototype_schedules, views_loss
+from selfsup.schedules import Plan, Schedule
 
 Temperature = Annotated[float, Field(gt=0)]
 
@@ -71,11 +78,7 @@ class DINO(nn.Module):
         self.options = options
         self._views = multicrop(config.views)
         self.global_views = config.views.global_.count
-        if self.global_views < 1 or self.global_views + config.views.local.count < 2:
-            raise UserError(
-                f"views.global.count={self.global_views}, views.local.count={config.views.local.count}: "
-                "DINO compares different views; give at least one global view and two in all"
-            )
+        check_views(config, "DINO")
 
         backbone = build_backbone(config)
         head = DINOHead(
@@ -104,17 +107,11 @@ class DINO(nn.Module):
 
     def schedules(self, plan: Plan) -> dict[str, Schedule]:
         """Teacher momentum and temperature, and whether the prototypes are frozen (1 or 0)."""
-        o = self.options
-        freeze = plan.steps_of(o.freeze_last_layer)
-        return {
-            "momentum": cosine(o.momentum, o.momentum_end, plan.steps),
-            "teacher_temp": linear(o.warmup_teacher_temp, o.teacher_temp, plan.steps_of(o.teacher_temp_warmup)),
-            "freeze_last_layer": lambda step: float(step < freeze),
-        }
+        return prototype_schedules(self.options, plan)
 
     def forward(self, batch: ViewBatch, s: Mapping[str, float]) -> dict[str, Tensor]:
         """See `contract.Method.forward`. images: global [G, B, C, S, S] and, if there are any, local [L, B, C, s, s]."""
-        views, size = len(self._views), batch.positions.shape[0]
+        size = batch.positions.shape[0]
 
         with torch.no_grad():
             images = batch.images[0]  # [G, B, C, S, S]
@@ -126,14 +123,8 @@ class DINO(nn.Module):
             self.batch_count += t.shape[0] * t.shape[1]
 
         pooled = embed_views(self.student.backbone, batch, self.random)  # [views*B, D]
-        x = self.student.head.bottleneck(pooled).unflatten(0, (views, size))  # [V, B, bottleneck]
-        frozen, temperature = s["freeze_last_layer"] > 0, self.options.student_temp
-        prototypes = self.student.head.last_layer
-        if "prototypes" in self.shortcuts and not prototypes._forward_hooks:  # whoever watches it wants it called
-            direction, scale = prototypes.parts(frozen)
-            loss = prototype_loss(x, direction, scale, q, temperature)
-        else:
-            loss = dino_loss(prototypes(x, frozen), q, temperature)
+        frozen, fused = s["freeze_last_layer"] > 0, "prototypes" in self.shortcuts
+        loss = views_loss(self.student.head, pooled, q, self.options.student_temp, frozen=frozen, fused=fused)
 
         with torch.no_grad():
             entropy, information = teacher_health(q)
@@ -149,12 +140,8 @@ class DINO(nn.Module):
     def after_step(self, s: Mapping[str, float], ok: Tensor) -> None:
         """EMA of the teacher; EMA of the centre from the mean over the global batch (equation 4)."""
         ema_update(self.teacher, self.student, s["momentum"], ok)
-        dist.all_reduce_(self.batch_sum)
         dist.all_reduce_(self.batch_count)
-        mean = self.batch_sum / self.batch_count
-        moved = torch.lerp(mean, self.center, self.options.center_momentum)
-        self.center.copy_(torch.where(ok > 0, moved, self.center))
-        self.batch_sum.zero_()
+        move_center(self.center, self.batch_sum, self.batch_count, self.options.center_momentum, ok)
         self.batch_count.zero_()
 
     def export(self) -> Backbone:

@@ -27,9 +27,10 @@ from selfsup.losses.dino import teacher_health
 from selfsup.losses.koleo import koleo_loss
 from selfsup.losses.sinkhorn import sinkhorn_knopp
 from selfsup.methods.contract import Labels, ViewBatch
-from selfsup.methods.network import Network, has_batch_statistics, momentum_copy, spread
+from selfsup.methods.network import Network, gather_images, has_batch_statistics, momentum_copy, spread
 from selfsup.methods.patches import Heads, draw_masks, maskable_backbone, student_features, student_losses, tokens_of
-from selfsup.schedules import Plan, Schedule, cosine, linear
+from selfsup.methods.prototypes import prototype_schedules
+from selfsup.schedules import Plan, Schedule
 
 Temperature = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
@@ -106,13 +107,7 @@ class DINOv2(nn.Module):
 
     def schedules(self, plan: Plan) -> dict[str, Schedule]:
         """Teacher momentum and temperature, and whether the prototypes are frozen (1 or 0)."""
-        o = self.options
-        freeze = plan.steps_of(o.freeze_last_layer)
-        return {
-            "momentum": cosine(o.momentum, o.momentum_end, plan.steps),
-            "teacher_temp": linear(o.warmup_teacher_temp, o.teacher_temp, plan.steps_of(o.teacher_temp_warmup)),
-            "freeze_last_layer": lambda step: float(step < freeze),
-        }
+        return prototype_schedules(self.options, plan)
 
     def forward(self, batch: ViewBatch, s: Mapping[str, float]) -> dict[str, Tensor]:
         """See `contract.Method.forward`. images: global [G, B, C, S, S] and, if there are any, local [L, B, C, s, s]."""
@@ -130,8 +125,7 @@ class DINOv2(nn.Module):
         out = {"cls_loss": cls, "patch_loss": patch}
         if o.koleo_weight:
             seen = pooled[: masks.masked.shape[0]].unflatten(0, images.shape[:2])  # [G, B, D]
-            everyone = dist.all_gather_with_grad(seen.transpose(0, 1).contiguous())  # [global batch, G, D]
-            out["koleo_loss"] = torch.stack([koleo_loss(view) for view in everyone.unbind(1)]).sum()
+            out["koleo_loss"] = torch.stack([koleo_loss(view) for view in gather_images(seen)]).sum()  # of [N, D] each
             loss = loss + o.koleo_weight * out["koleo_loss"]
         with torch.no_grad():
             entropy, information = teacher_health(q_cls)

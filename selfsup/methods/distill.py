@@ -6,7 +6,6 @@ options (`distill_terms`); labels are needed by those that say so alone. Student
 the same views and the same answers, each with its own losses' projectors.
 """
 
-import contextlib
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from pydantic import field_validator
 from torch import Tensor, nn
 
 from selfsup.backbones import Backbone, StochasticKeys, create_backbone
-from selfsup.backbones.stochastic import key_stochastic_layers, strip_stochastic_layers
+from selfsup.backbones.stochastic import key_stochastic_layers
 from selfsup.config import BackboneConfig, Config, Probability, Section
 from selfsup.data.base import Source
 from selfsup.data.mixing import Mixer
@@ -31,6 +30,7 @@ from selfsup.methods import distill_terms
 from selfsup.methods.contract import Labels, ViewBatch
 from selfsup.methods.distill_checks import check_labels, check_options, count_classes
 from selfsup.methods.distill_terms import TermOptions, Terms
+from selfsup.methods.network import drawing, has_batch_statistics, momentum_copy
 from selfsup.methods.outputs import Layer, Outputs, features_and_maps, probe, resolve_layers
 from selfsup.methods.teacher_cache import TeacherCache, ask, open_cache
 from selfsup.methods.teacher_sources import open_teacher
@@ -143,7 +143,7 @@ class Distill(nn.Module):
         for i, more in enumerate(options.students):
             spec = more.backbone.model_copy(update={"in_chans": channels})
             self._add(more.name, f"_{i + 2}", spec, more.layers, f"method.students.{more.name}.layers", example)
-        self.batch_statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules())
+        self.batch_statistics = has_batch_statistics(self)
         self.mixer = Mixer(config.mix, config.seed, config.global_batch)
         self.cache: TeacherCache | None = None
         keep_sha256(self, self.frozen)
@@ -176,13 +176,12 @@ class Distill(nn.Module):
         student = Student(backbone, self.classes if distill_terms.has_head(options.losses) else None)
         seed = mix(config.seed, len(self.learners)) if suffix else config.seed  # the first draws what it would alone
         terms = Terms(options, probe(backbone, numbers, size), example, self.frozen.temperature, seed)
-        average = copy.deepcopy(student) if options.ema is not None else None
+        average = momentum_copy(student) if options.ema is not None else None
         random = key_stochastic_layers(student, seed)
         self.add_module(f"student{suffix}", student)
         self.add_module(f"terms{suffix}", terms)
         if average is not None:
-            strip_stochastic_layers(average)
-            self.add_module(f"teacher{suffix}", average.requires_grad_(False))
+            self.add_module(f"teacher{suffix}", average)
         self.learners.append(Learner(name, suffix, numbers, random))
 
     def _parts(self) -> Iterator[tuple[Learner, Any, Any, Any]]:
@@ -239,7 +238,7 @@ class Distill(nn.Module):
             local = None
             if len(batch.images) > 1:
                 keys = batch.keys(1, first_view=views)
-                with _drawing(x.random, batch.step, keys):
+                with drawing(x.random, batch.step, keys):
                     (local,) = student.backbone.embed([batch.images[1].flatten(0, 1)])  # [L*B, D]
             parts = terms(seen, taught, batch, local, labels, targets)
             total = total + terms.total(parts)
@@ -257,7 +256,7 @@ class Distill(nn.Module):
     def _see(self, student: Student, x: Learner, images: Tensor, step: int, keys: Tensor) -> Outputs:
         """What a student makes of global views [G*B, C, S, S]."""
         wanted = self.wanted
-        with _drawing(x.random, step, keys):
+        with drawing(x.random, step, keys):
             if wanted.patches or wanted.cls or x.layers:
                 features, maps, _ = features_and_maps(student.backbone, images, x.layers)
                 pooled, cls, patches = features.pooled, features.cls, features.patches
@@ -337,10 +336,6 @@ def _named(students: Sequence[tuple[str, Student, Student | None]]) -> dict[str,
 
 def _layered(options: TermOptions) -> bool:
     return any(name in distill_terms.LAYERED for name in options.losses.on)
-
-
-def _drawing(random: StochasticKeys | None, step: int, keys: Tensor) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if random is None else random.at(step, keys)
 
 
 def _nothing(labels: Tensor) -> Tensor:

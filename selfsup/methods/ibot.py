@@ -27,7 +27,8 @@ from selfsup.losses.numerics import at_least_float32
 from selfsup.methods.contract import Labels, ViewBatch
 from selfsup.methods.network import Network, has_batch_statistics, momentum_copy, spread
 from selfsup.methods.patches import Heads, draw_masks, maskable_backbone, student_features, student_losses, tokens_of
-from selfsup.schedules import Plan, Schedule, cosine, linear
+from selfsup.methods.prototypes import move_center, prototype_schedules
+from selfsup.schedules import Plan, Schedule, linear
 
 Temperature = Annotated[float, Field(gt=0)]
 
@@ -116,13 +117,8 @@ class IBOT(nn.Module):
     def schedules(self, plan: Plan) -> dict[str, Schedule]:
         """Teacher momentum, its temperatures, and whether the prototypes are frozen (1 or 0)."""
         o = self.options
-        freeze, warmup = plan.steps_of(o.freeze_last_layer), plan.steps_of(o.teacher_temp_warmup)
-        return {
-            "momentum": cosine(o.momentum, o.momentum_end, plan.steps),
-            "teacher_temp": linear(o.warmup_teacher_temp, o.teacher_temp, warmup),
-            "patch_temp": linear(o.warmup_teacher_temp, o.patch_temp, warmup),
-            "freeze_last_layer": lambda step: float(step < freeze),
-        }
+        patch_temp = linear(o.warmup_teacher_temp, o.patch_temp, plan.steps_of(o.teacher_temp_warmup))
+        return prototype_schedules(o, plan) | {"patch_temp": patch_temp}
 
     def forward(self, batch: ViewBatch, s: Mapping[str, float]) -> dict[str, Tensor]:
         """See `contract.Method.forward`. images: global [G, B, C, S, S] and, if there are any, local [L, B, C, s, s]."""
@@ -172,10 +168,7 @@ class IBOT(nn.Module):
         momenta = (self.options.center_momentum, self.options.patch_center_momentum)
         pairs = ((self.center, self.batch_sum), (self.patch_center, self.patch_sum))
         for (center, total), momentum in zip(pairs, momenta):
-            dist.all_reduce_(total)
-            moved = torch.lerp(total / self.batch_count, center, momentum)
-            center.copy_(torch.where(ok > 0, moved, center))
-            total.zero_()
+            move_center(center, total, self.batch_count, momentum, ok)
         self.batch_count.zero_()
 
     def export(self) -> Backbone:

@@ -23,6 +23,7 @@ from selfsup.backbones.stochastic import key_stochastic_layers
 from selfsup.config import Config, Positive, Probability, Section
 from selfsup.data.views import View
 from selfsup.heads import batch_norm_mlp
+from selfsup.losses.numerics import at_least_float32
 from selfsup.losses.sigreg import sigreg, view_invariance
 from selfsup.methods.contract import Labels, ViewBatch
 from selfsup.methods.network import Network, build_backbone, compared_views, embed_views, spread
@@ -94,8 +95,7 @@ class LeJEPA(nn.Module):
         """
         o = self.options
         pooled = embed_views(self.student.backbone, batch, self.random)  # [V*B, D]
-        z = self.student.head(pooled).unflatten(0, (len(self._views), -1))  # [V, B, K]
-        z = z if z.dtype == torch.float64 else z.float()
+        z = at_least_float32(self.student.head(pooled)).unflatten(0, (len(self._views), -1))  # [V, B, K]
         invariance = view_invariance(z, self.global_views)
         gaussian = sigreg(
             z,

@@ -99,7 +99,8 @@ class MoCoV3(nn.Module):
             keys = each_view(self.teacher.head, features, self.global_views)  # [G, B, out]
             keys = gather_images(F.normalize(at_least_float32(keys), dim=-1))  # [G, N, out]
         pooled = embed_views(self.student.backbone, batch, self.random, apart=True)  # [V*B, D]
-        queries = torch.stack([self.predictor(z) for z in each_view(self.student.head, pooled, views)])
+        projections = each_view(self.student.head, pooled, views)  # [V, B, out]
+        queries = each_view(self.predictor, projections.flatten(0, 1), views)
         queries = F.normalize(at_least_float32(queries), dim=-1)  # [V, B, out]
         loss = batch_info_nce(queries, keys, dist.rank() * size, self.options.temperature)
         return {"loss": loss, "health/feature_std": spread(pooled[: self.global_views * size])}

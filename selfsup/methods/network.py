@@ -30,17 +30,22 @@ class Network(nn.Module):
         self.head = head
 
 
+def check_views(config: Config, method: str) -> None:
+    """Raise UserError unless there are a global view and another one; `method` says who compares them."""
+    global_views, local_views = config.views.global_.count, config.views.local.count
+    if global_views < 1 or global_views + local_views < 2:
+        raise UserError(
+            f"views.global.count={global_views}, views.local.count={local_views}: {method} compares "
+            "different views; give at least one global view and two in all"
+        )
+
+
 def compared_views(config: Config) -> list[View]:
     """The views of a configuration, for a method that compares those of an image. Raises UserError if there are too few.
 
     What a view learns from are global views alone, as Caron et al., 2020 (SwAV, section 3.3) have it: local ones follow.
     """
-    global_views, local_views = config.views.global_.count, config.views.local.count
-    if global_views < 1 or global_views + local_views < 2:
-        raise UserError(
-            f"views.global.count={global_views}, views.local.count={local_views}: method={config.method.name} compares "
-            "different views; give at least one global view and two in all"
-        )
+    check_views(config, f"method={config.method.name}")
     if config.global_batch < 2:
         raise UserError(
             f"global_batch={config.global_batch}: method={config.method.name} normalises over the images of a step; "

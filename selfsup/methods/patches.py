@@ -11,13 +11,11 @@ from selfsup.backbones.masked import check_maskable, final_norm
 from selfsup.backbones.stochastic import StochasticKeys
 from selfsup.config import Config
 from selfsup.data.masks import Masks, block_masks, ratios
-from selfsup.errors import UserError
 from selfsup.heads import DINOHead
-from selfsup.losses.dino import dino_loss
 from selfsup.losses.ibot import patch_loss
-from selfsup.losses.prototypes import prototype_loss
 from selfsup.methods.contract import ViewBatch
-from selfsup.methods.network import build_backbone, drawing
+from selfsup.methods.network import build_backbone, check_views, drawing
+from selfsup.methods.prototypes import views_loss
 
 
 class Heads(nn.Module):
@@ -37,12 +35,7 @@ class Heads(nn.Module):
 
 def maskable_backbone(config: Config, method: str) -> Backbone:
     """The backbone of a configuration. Raises UserError if patches cannot be masked or there are not two views."""
-    views = config.views.global_.count + config.views.local.count
-    if config.views.global_.count < 1 or views < 2:
-        raise UserError(
-            f"views.global.count={config.views.global_.count}, views.local.count={config.views.local.count}: "
-            f"{method} compares different views; give at least one global view and two in all"
-        )
+    check_views(config, method)
     backbone = build_backbone(config)
     check_maskable(backbone, method)
     return backbone
@@ -107,14 +100,9 @@ def student_losses(
     """(DINO's loss of all views, the loss of masked patches).
 
     pooled [V*B, D] and hidden [M, D]: see `student_features`. teacher: probabilities [G, B, K] of the global views, and
-    [M, K'] of the masked patches. frozen: the prototypes get no gradient. fused: see `prototype_loss`.
+    [M, K'] of the masked patches. frozen, fused: see `views_loss`.
     """
     q_cls, q_patch = teacher
-    x = heads.cls.bottleneck(pooled).unflatten(0, (-1, q_cls.shape[1]))  # [V, B, bottleneck]
-    prototypes = heads.cls.last_layer
-    if fused and not prototypes._forward_hooks:  # whoever watches it wants it called
-        cls = prototype_loss(x, *prototypes.parts(frozen), q_cls, temperature)
-    else:
-        cls = dino_loss(prototypes(x, frozen), q_cls, temperature)
+    cls = views_loss(heads.cls, pooled, q_cls, temperature, frozen=frozen, fused=fused)
     logits = heads.of_patches(hidden, frozen)  # [M, K']
     return cls, patch_loss(logits, q_patch, masks.weights, len(masks.counts), temperature)

@@ -9,7 +9,6 @@ With `consistency` it is the mean teacher (Tarvainen & Valpola, 2017): of two vi
 own average another, and beside the labels the student learns what its average says. Mixed images are mixed alike in all views.
 """
 
-import contextlib
 import copy
 import math
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from selfsup import dist
 from selfsup.backbones import Backbone, create_backbone
-from selfsup.backbones.stochastic import key_stochastic_layers, strip_stochastic_layers
+from selfsup.backbones.stochastic import key_stochastic_layers
 from selfsup.classifier import Activation, Classifier
 from selfsup.config import Config, Duration, Probability, Section
 from selfsup.data.mixing import Mixer
@@ -31,6 +30,7 @@ from selfsup.errors import UserError
 from selfsup.losses.classification import Smoothing, binary_cross_entropy, one_hot, smooth, soft_cross_entropy
 from selfsup.losses.numerics import at_least_float32
 from selfsup.methods.contract import Labels, ViewBatch
+from selfsup.methods.network import drawing, has_batch_statistics, momentum_copy
 from selfsup.schedules import Plan, Schedule, averaging
 
 
@@ -87,11 +87,9 @@ class Supervised(nn.Module):
         self.student = Classifier(backbone, head, options.head_dropout, options.loss)
         self.teacher: Classifier | None = None
         if options.ema is not None:
-            self.teacher = copy.deepcopy(self.student)
-            strip_stochastic_layers(self.teacher)  # the average drops nothing
-            self.teacher.requires_grad_(False)
+            self.teacher = momentum_copy(self.student)
         self.random = key_stochastic_layers(self.student, config.seed)
-        self.batch_statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.student.modules())
+        self.batch_statistics = has_batch_statistics(self.student)
 
     def views(self) -> list[View]:
         """The global views; each is classified."""
@@ -111,7 +109,7 @@ class Supervised(nn.Module):
         images, keys = batch.images[0], batch.keys(0)  # keys [V*B]
         views, size = images.shape[:2]
         images, targets = self.mixer(images, batch.labels, batch.positions, batch.step, self.encode, s.get("mix", 1.0))
-        with contextlib.nullcontext() if self.random is None else self.random.at(batch.step, keys):
+        with drawing(self.random, batch.step, keys):
             (pooled,) = self.student.backbone.embed([images.flatten(0, 1)])  # [V*B, D]
             logits = at_least_float32(self.student.head(self.student.drop(pooled)))  # [V*B, K]
         loss = self.loss(logits, targets.to(logits.dtype).repeat(views, 1))
