@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from selfsup.predictors import Predictor, sincos_positions
+from selfsup.predictors import CrossPredictor, Predictor, sincos_positions
 
 
 def test_positions() -> None:
@@ -41,3 +41,28 @@ def test_blocks_are_apart() -> None:
             torch.testing.assert_close(out[b, m], alone[0, 0])
     weights = torch.stack([predictor.blocks[1].mlp.fc2.weight.std(), predictor.blocks[1].mlp.fc1.weight.std()])
     assert weights.tolist() == pytest.approx([0.01, 0.02], rel=0.15)  # the second block's: divided by sqrt(4)
+
+
+def test_cross_attention() -> None:
+    """Queries are independent of one another; attention is softmax(q k / sqrt d) v, head by head; positions matter."""
+    torch.manual_seed(0)
+    predictor = CrossPredictor(12, (4, 4), dim=16, depth=2, heads=2).double().eval()
+    where, wanted = (torch.stack([torch.randperm(16)[:n] for _ in range(3)]) for n in (7, 4))
+    seen = torch.randn(3, 2 + 7, 12, dtype=torch.float64)  # two prefix tokens
+    out = predictor(seen, where, wanted)
+    assert out.shape == (3, 4, 16)
+    torch.testing.assert_close(predictor(seen, where, wanted[:, 2:3])[:, 0], out[:, 2])
+    mixed = torch.randperm(7)
+    again = predictor(torch.cat([seen[:, :2], seen[:, 2:][:, mixed]], 1), where[:, mixed], wanted)
+    torch.testing.assert_close(again, out)
+    assert not torch.allclose(predictor(seen, where[:, mixed], wanted), out)
+
+    attention = predictor.blocks[0].attn
+    x, context = torch.randn(1, 1, 16, dtype=torch.float64), torch.randn(1, 5, 16, dtype=torch.float64)
+    heads = []
+    for head in (slice(0, 8), slice(8, 16)):
+        q, k, v = (
+            w.weight[head] @ y[0].T for w, y in ((attention.q, x), (attention.k, context), (attention.v, context))
+        )
+        heads.append((v * ((q * k).sum(0) / 8**0.5).softmax(0)).sum(1))
+    torch.testing.assert_close(attention(x, context)[0, 0], attention.proj(torch.cat(heads)))

@@ -392,3 +392,21 @@ def test_simmim_vitb16_is_the_published_recipe() -> None:
     o = config.method.options
     assert (o["mask_ratio"], o["mask_patch_size"], o["distance"]) == (0.6, 32, "l1")
     assert (config.views.global_.count, config.views.global_.scale, config.views.local.count) == (1, (0.67, 1.0), 0)
+
+
+def test_capi_vitl14_is_the_published_recipe() -> None:
+    """The published code's default_pretrain_config.yaml: half a million steps of 32 x 512, one crop, 16,384 clusters."""
+    config = methods.complete(load("capi_vitl14"))
+    length = schedules.plan(config, IMAGENET)
+    rate = schedules.optimizer_schedules(config, length)
+    assert (length.steps, config.global_batch) == (500_000, 16_384)
+    assert rate["lr"](49_999) == pytest.approx(0.001) and rate["lr"](500_000) == pytest.approx(0.0000955, rel=1e-2)
+    assert {rate["wd"](0), rate["wd"](length.steps)} == {0.1} and config.optimizer.betas == (0.9, 0.95)
+    o = config.method.options
+    assert (o["clusters"], o["mask_ratio"], o["predicted"], o["roll"]) == (16384, 0.65, 0.05, True)
+    assert (o["predictor_depth"], o["predictor_drop_path"], o["sinkhorn"], o["positionwise"]) == (12, 0.2, 3, True)
+    assert (o["student_temp"], o["target_temp"], o["cluster_temp"]) == (0.12, 0.06, 0.12)
+    assert (o["momentum"], o["momentum_end"], o["momentum_warmup"]) == (0.999, 1.0, "50000 steps")
+    crops = config.views.global_
+    assert (crops.count, crops.size, crops.scale, crops.interpolation) == (1, 224, (0.6, 1.0), "bicubic")
+    assert (crops.hflip, crops.jitter, crops.grayscale, crops.blur, config.views.local.count) == (0.5, 0.0, 0.0, 0.0, 0)

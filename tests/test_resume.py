@@ -128,7 +128,7 @@ def test_resume_is_bitwise(lab: Lab, tmp_path: Path, method: str, precision: str
     assert_same(tmp_path / "parts", tmp_path / "whole", world, f"stopped at {places}; SELFSUP_TEST_SEED={SEED}")
 
 
-VITS = {"deit", "dinov2", "ibot", "ijepa", "mae", "msn", "simmim"}
+VITS = {"capi", "deit", "dinov2", "ibot", "ijepa", "mae", "msn", "simmim"}
 """Methods of a ViT alone, and SimMIM, whose squares are larger than these images if they are as large as a ResNet's stride."""
 
 

@@ -23,6 +23,8 @@ def sinkhorn_knopp(
     3 (Cuturi, 2013). Each iteration makes the sums over the images alike for all prototypes, then those over the prototypes 1
     for each image; the former hold in the limit, the latter exactly. With iterations=0 it is the softmax.
 
+    With [B, ..., K] the images are balanced for each index in between by itself.
+
     reduce: called as reduce(tensor, "sum" or "max"), does so in place over all ranks (`dist.all_reduce_`), each of which has
     rows of the batch, as many as it has (none, too). All in float32 at least.
 

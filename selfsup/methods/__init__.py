@@ -14,6 +14,7 @@ METHODS = {
     "barlow_twins": "selfsup.methods.barlow_twins:BarlowTwins",
     "byol": "selfsup.methods.byol:BYOL",
     "byot": "selfsup.methods.byot:BYOT",
+    "capi": "selfsup.methods.capi:CAPI",
     "deit": "selfsup.methods.deit:DeiT",
     "dino": "selfsup.methods.dino:DINO",
     "dinov2": "selfsup.methods.dinov2:DINOv2",

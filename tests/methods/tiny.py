@@ -42,6 +42,16 @@ METHOD_OPTIONS = {
     "barlow_twins": ["method.hidden_dim=48", "method.out_dim=32", "method.bias_lr=0.5"],
     "byol": ["method.hidden_dim=48", "method.out_dim=16"],
     "byot": ["method.feature_weight=0.01"],
+    "capi": [
+        "views.global.count=1",
+        "views.global.blur=0",
+        "views.global.solarize=0",
+        "method.clusters=16",
+        "method.predicted=0.5",
+        "method.predictor_depth=2",
+        "method.predictor_drop_path=0.1",
+        "method.momentum_warmup=2 steps",
+    ],
     "deit": [
         *ONE_VIEW,
         "teacher=tests.methods.tiny:tiny_teacher",
