@@ -3,8 +3,8 @@
     python benchmarks/methods.py [--only dino,simclr,lightly_simclr] [--seeds 0,1,2] [--budget 120] [--jobs 2]
                                  [--work DIR] [--json FILE] [--table]
 
-A run gets as many steps as it makes in the budget, by its own speed over some steps; its schedules end with them. Its k-NN is
-taken at equal distances on the way; at the end k-NN and linear probe (`selfsup eval`), RankMe of the k-NN's bank, and the
+A run gets as many steps as it makes in the budget, by the CPU time of its own steps (which other work on the machine hardly
+changes); its schedules end with them. Its k-NN is taken at equal distances on the way; at the end k-NN and linear probe (`selfsup eval`), RankMe of the k-NN's bank, and the
 peak of its memory. What has run is in the JSON and is not run again unless the recipe or the budget has changed. The table,
 in Markdown as well, and the picture of accuracy over time are made from it; `lightly_NAME` is lightly's example on the images,
 crops, backbone and optimizer of our NAME (see `methods_lightly.py`), with the interval of the difference over the seeds.
@@ -34,9 +34,9 @@ from benchmarks.forks import say  # noqa: E402
 from benchmarks.methods_lightly import EXAMPLES  # noqa: E402
 from selfsup import durable  # noqa: E402
 
-CALIBRATION = 40
-"""Steps from which the steps of a budget are reckoned; the first quarter does not count."""
-SNAPSHOTS = 6
+CALIBRATION = (10, 50)
+"""Steps of two short runs, from whose difference the steps of a budget are reckoned."""
+SNAPSHOTS = 5
 PEER = "lightly_"
 NEED_MORE = ("byot", "deit", "distill", "supervised", "supcon")
 """Methods that learn from labels or a teacher; they have a benchmark of their own (`distill.py`)."""
@@ -97,7 +97,7 @@ def measure(lab: Lab, row: str, seed: int) -> dict[str, Any]:
         f"seed={seed}", "epochs=null", "samples=null", "workers=0", "threads=1", "device=cpu", "tensorboard=false",
         "eval.train=demo", "eval.val=demo:val", "checkpoint.every=1000000",
     ]  # fmt: skip
-    config, rate = _calibrated(lab, name, row, seed, overrides)
+    config, rate, batch = _calibrated(lab, name, row, seed, overrides)
     steps = max(2 * SNAPSHOTS, round(lab.budget * rate))
     if peer:
         told = _example(name, config, run, steps, SNAPSHOTS)
@@ -112,7 +112,7 @@ def measure(lab: Lab, row: str, seed: int) -> dict[str, Any]:
         spent = forks.selfsup(run.with_suffix(".log"), "train", lab.recipes[name], *started, "--out", str(run))
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         curve = [(line["step"] / steps, line["eval"]["knn_top1"]) for line in lines if "eval" in line]
-        told = {"seconds": spent.seconds, "img_per_s": lines[-1]["img_per_s"], "peak_mb": spent.peak_mb}
+        told = {"peak_mb": spent.peak_mb}
         target = run
     knn = _knn(target, run)
     linear = run / "linear.json"
@@ -120,8 +120,7 @@ def measure(lab: Lab, row: str, seed: int) -> dict[str, Any]:
     forks.selfsup(run.with_suffix(".log"), "eval", "linear", str(target), *data, "--out", str(linear))
     return {
         "key": lab.key(row),
-        "seconds": round(told["seconds"], 1),
-        "img_per_s": round(told["img_per_s"], 1),
+        "img_per_s": round(rate * batch, 1),
         "peak_mb": round(told["peak_mb"]),
         "steps": steps,
         "knn": knn["metrics"]["top1"],
@@ -132,18 +131,22 @@ def measure(lab: Lab, row: str, seed: int) -> dict[str, Any]:
     }
 
 
-def _calibrated(lab: Lab, name: str, row: str, seed: int, overrides: Sequence[str]) -> tuple[Path, float]:
-    """(our resolved configuration, steps a second of the row)."""
+def _calibrated(lab: Lab, name: str, row: str, seed: int, overrides: Sequence[str]) -> tuple[Path, float, int]:
+    """(our resolved configuration, steps the row makes in a second of CPU time, images in each)."""
     run = lab.work / "calibration" / f"{row}_seed{seed}_{lab.key(row)}"
     shutil.rmtree(run, ignore_errors=True)
-    options = [*overrides, f"steps={CALIBRATION}", f"log_every={CALIBRATION // 4}", "eval.every=null"]
-    forks.selfsup(run.with_suffix(".log"), "train", lab.recipes[name], *options, "--out", str(run))
-    if row.startswith(PEER):
-        told = _example(name, run / "config.yaml", run / "peer", CALIBRATION, 0)
-        return run / "config.yaml", told["steps"] / told["seconds"]
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    first = next(line for line in lines if line["step"] == CALIBRATION // 4)
-    return run / "config.yaml", (CALIBRATION - first["step"]) / (lines[-1]["time"] - first["time"])
+    took = []
+    for steps in CALIBRATION:
+        out = run / str(steps)
+        options = [*overrides, f"steps={steps}", f"log_every={steps}", "eval.every=null", "--out", str(out)]
+        spent = forks.selfsup(run.with_suffix(".log"), "train", lab.recipes[name], *options)
+        if row.startswith(PEER):
+            took.append(_example(name, out / "config.yaml", out / "peer", steps, 0)["seconds"])
+        else:
+            took.append(spent.seconds)
+    config = run / str(CALIBRATION[0]) / "config.yaml"
+    line = json.loads((run / str(CALIBRATION[0]) / "metrics.jsonl").read_text().splitlines()[-1])
+    return config, (CALIBRATION[1] - CALIBRATION[0]) / (took[1] - took[0]), line["samples"] // line["step"]
 
 
 def _example(name: str, config: Path, out: Path, steps: int, snapshots: int) -> dict[str, Any]:
