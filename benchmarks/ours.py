@@ -43,10 +43,7 @@ class FixedCrops:
     wait_seconds = 0.0
 
     def __init__(self, row: Row, state: dict[str, Tensor]) -> None:
-        crops = [
-            state["global"].clone(),
-            state["local"].clone(),
-        ]  # not as views of the file that holds the weights as well
+        crops = [state["global"].clone(), state["local"].clone()]  # not as views of the file that holds the weights as well
         self.batch = Batch(
             crops=crops,
             params=[untouched(c) for c in crops],

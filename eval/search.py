@@ -130,9 +130,7 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 def _norms(features: Tensor, what: str) -> Tensor:
     """float64 [N], at least 1e-12. Raises UserError for values that are not finite."""
-    out = torch.empty(
-        len(features), dtype=torch.float64
-    )  # filled in place: small results between large ones hold memory
+    out = torch.empty(len(features), dtype=torch.float64)  # filled in place: small results between large ones hold memory
     for start in range(0, len(features), _NORM_CHUNK):
         out[start : start + _NORM_CHUNK] = _length(features[start : start + _NORM_CHUNK])
     if not out.isfinite().all():
