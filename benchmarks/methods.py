@@ -4,10 +4,11 @@
                                  [--work DIR] [--json FILE] [--table]
 
 A run gets as many steps as it makes in the budget, by the CPU time of its own steps (which other work on the machine hardly
-changes); its schedules end with them. Its k-NN is taken at equal distances on the way; at the end k-NN and linear probe (`selfsup eval`), RankMe of the k-NN's bank, and the
-peak of its memory. What has run is in the JSON and is not run again unless the recipe or the budget has changed. The table,
-in Markdown as well, and the picture of accuracy over time are made from it; `lightly_NAME` is lightly's example on the images,
-crops, backbone and optimizer of our NAME (see `methods_lightly.py`), with the interval of the difference over the seeds.
+changes); its schedules end with them. Its k-NN is taken at equal distances on the way; at the end k-NN and linear probe
+(`selfsup eval`), RankMe of the k-NN's bank, and the peak of its memory. What has run is in the JSON and is not run again
+unless the recipe or the budget has changed. The table, in Markdown as well, and the picture of accuracy over time are made
+from it; `lightly_NAME` is lightly's example on the images, crops, backbone and optimizer of our NAME (see
+`methods_lightly.py`), with the interval of the difference over the seeds.
 """
 
 import argparse
@@ -50,7 +51,7 @@ class Lab:
     file: Path
     budget: float
     recipes: dict[str, str]
-    """Our rows: method -> recipe."""
+    """Our rows: name -> recipe."""
     runs: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -74,14 +75,14 @@ class Lab:
 
 
 def demos() -> dict[str, str]:
-    """method -> recipe, of the demos that need neither labels nor a teacher."""
+    """Row -> recipe, of the demos that need neither labels nor a teacher: NAME of NAME_demo."""
     from selfsup.config import load
 
     found = {}
     for path in sorted((ROOT / "selfsup" / "recipes").glob("*demo.yaml")):
         method = load(path.stem, []).method.name
         if method not in NEED_MORE:
-            found[method] = path.stem
+            found[method if path.stem == "demo" else path.stem.removesuffix("_demo")] = path.stem
     return found
 
 

@@ -86,7 +86,10 @@ class Method(Protocol):
         ...
 
     def forward(self, batch: ViewBatch, s: Mapping[str, float]) -> dict[str, Tensor]:
-        """{"loss": scalar to differentiate, other names: scalars for the log; 'health/...' ones are monitored}."""
+        """{"loss": scalar to differentiate, other names: scalars for the log; 'health/...' ones are monitored}.
+
+        The same names at every step.
+        """
         ...
 
     def after_step(self, s: Mapping[str, float], ok: Tensor) -> None:

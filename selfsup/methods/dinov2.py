@@ -4,6 +4,7 @@ DINO's loss between views, iBOT's loss of masked patches with a head of its own 
 whole batch balanced by Sinkhorn-Knopp, and KoLeo, which spreads the embeddings. Section 4 of the paper. Registers (Darcet et
 al., 2024) are an option of the backbone, `backbone.reg_tokens`. The last phase at high resolution is a second run that
 continues the first one: `init_from=RUN init_from.heads=load` with larger views, as in the recipe dinov2_vitl14_highres.
+Gram anchoring (Siméoni et al., 2025, "DINOv3", section 4) keeps patches told apart in long runs: `method.gram_weight`.
 """
 
 import copy
@@ -27,6 +28,8 @@ from selfsup.losses.dino import teacher_health
 from selfsup.losses.koleo import koleo_loss
 from selfsup.losses.sinkhorn import sinkhorn_knopp
 from selfsup.methods.contract import Labels, ViewBatch
+from selfsup.methods.gram import GramTeacher
+from selfsup.methods.gram import schedules as gram_schedules
 from selfsup.methods.network import Network, gather_images, has_batch_statistics, momentum_copy, spread
 from selfsup.methods.patches import Heads, draw_masks, maskable_backbone, student_features, student_losses, tokens_of
 from selfsup.methods.prototypes import prototype_schedules
@@ -64,6 +67,12 @@ class DINOv2Options(Section):
     patch_weight: Weight = 1.0
     koleo_weight: Weight = 0.1
     """Of each global view's KoLeo, over the global batch."""
+    gram_weight: Weight = 0.0
+    """Of Gram anchoring; 0: none. DINOv3 has 2."""
+    gram_start: Duration = "1000000 steps"
+    """Where it begins. DINOv3 begins after a million steps."""
+    gram_every: Duration = "10000 steps"
+    """How often the teacher that it holds on to becomes the present one."""
 
 
 class DINOv2(nn.Module):
@@ -98,6 +107,7 @@ class DINOv2(nn.Module):
         self.shortcuts = backbone.shortcuts
         self.student = Network(backbone, Heads(head(o.out_dim, o.bottleneck_dim), own, backbone.embed_dim))
         self.teacher = momentum_copy(self.student)
+        self.gram = GramTeacher(self.teacher.backbone) if o.gram_weight else None
         self.random = key_stochastic_layers(self.student, config.seed)
         self.batch_statistics = has_batch_statistics(self.student)
 
@@ -106,8 +116,10 @@ class DINOv2(nn.Module):
         return self._views
 
     def schedules(self, plan: Plan) -> dict[str, Schedule]:
-        """Teacher momentum and temperature, and whether the prototypes are frozen (1 or 0)."""
-        return prototype_schedules(self.options, plan)
+        """Teacher momentum and temperature, whether the prototypes are frozen (1 or 0), and Gram anchoring's."""
+        o = self.options
+        gram = gram_schedules(o.gram_weight, o.gram_start, o.gram_every, plan) if self.gram else {}
+        return prototype_schedules(o, plan) | gram
 
     def forward(self, batch: ViewBatch, s: Mapping[str, float]) -> dict[str, Tensor]:
         """See `contract.Method.forward`. images: global [G, B, C, S, S] and, if there are any, local [L, B, C, s, s]."""
@@ -118,15 +130,19 @@ class DINOv2(nn.Module):
         q_cls, q_patch = self._teach(images, masks.index, s["teacher_temp"])  # [G, B, K], [M, K']
 
         heads = self.student.head
-        pooled, hidden = student_features(self.student.backbone, batch, masks, heads.mask_token, self.random)
+        pooled, tokens = student_features(self.student.backbone, batch, masks, heads.mask_token, self.random)
         options = {"frozen": s["freeze_last_layer"] > 0, "fused": "prototypes" in self.shortcuts}
-        cls, patch = student_losses(heads, pooled, hidden, (q_cls, q_patch), masks, o.student_temp, **options)
+        cls, patch = student_losses(heads, pooled, tokens, (q_cls, q_patch), masks, o.student_temp, **options)
         loss = o.cls_weight * cls + o.patch_weight * patch
         out = {"cls_loss": cls, "patch_loss": patch}
         if o.koleo_weight:
             seen = pooled[: masks.masked.shape[0]].unflatten(0, images.shape[:2])  # [G, B, D]
             out["koleo_loss"] = torch.stack([koleo_loss(view) for view in gather_images(seen)]).sum()  # of [N, D] each
             loss = loss + o.koleo_weight * out["koleo_loss"]
+        if self.gram is not None:  # 0 before it begins
+            due = s["gram_weight"] > 0
+            out["gram_loss"] = self.gram.loss(images.flatten(0, 1), tokens) if due else torch.zeros_like(loss)
+            loss = loss + s["gram_weight"] * out["gram_loss"]
         with torch.no_grad():
             entropy, information = teacher_health(q_cls)
         return {
@@ -150,8 +166,10 @@ class DINOv2(nn.Module):
 
     @torch.no_grad()
     def after_step(self, s: Mapping[str, float], ok: Tensor) -> None:
-        """EMA of the teacher."""
+        """EMA of the teacher; the Gram teacher becomes it when that is due."""
         ema_update(self.teacher, self.student, s["momentum"], ok)
+        if self.gram is not None:
+            self.gram.after_step(self.teacher.backbone, s["gram_copies"], ok)
 
     def export(self) -> Backbone:
         """A copy of the teacher's backbone in eval mode."""

@@ -129,9 +129,9 @@ class IBOT(nn.Module):
         q_cls, q_patch = self._teach(images, masks.index, s)  # [G, B, K], [M, K']
 
         heads = self.student.head
-        pooled, hidden = student_features(self.student.backbone, batch, masks, heads.mask_token, self.random)
+        pooled, tokens = student_features(self.student.backbone, batch, masks, heads.mask_token, self.random)
         options = {"frozen": s["freeze_last_layer"] > 0, "fused": "prototypes" in self.shortcuts}
-        cls, patch = student_losses(heads, pooled, hidden, (q_cls, q_patch), masks, o.student_temp, **options)
+        cls, patch = student_losses(heads, pooled, tokens, (q_cls, q_patch), masks, o.student_temp, **options)
         with torch.no_grad():
             entropy, information = teacher_health(q_cls)
         return {

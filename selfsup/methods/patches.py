@@ -69,27 +69,26 @@ def tokens_of(backbone: Backbone, features: Features) -> Tensor:
 def student_features(
     backbone: Backbone, batch: ViewBatch, masks: Masks, mask_token: Tensor, random: StochasticKeys | None
 ) -> tuple[Tensor, Tensor]:
-    """(embeddings of all views [V*B, D], views first; tokens of the masked patches [M, D]).
+    """(embeddings of all views [V*B, D], views first; tokens of the global views' patches [G*B*T, D], images first).
 
     Global views are seen with mask tokens, local ones as they are.
     """
     images = batch.images[0]  # [G, B, C, S, S]
     with drawing(random, batch.step, batch.keys(0)):
         features = backbone.forward_masked(images.flatten(0, 1), masks.masked, mask_token)
-    hidden = tokens_of(backbone, features)[masks.index]  # [M, D]
     first, keys = images.shape[0], []
     for kind in range(1, len(batch.images)):
         keys.append(batch.keys(kind, first))
         first += batch.images[kind].shape[0]
     local = [x.flatten(0, 1) for x in batch.images[1:]]
     others = backbone.embed(local, keys, lambda samples: drawing(random, batch.step, samples)) if local else []
-    return torch.cat([features.pooled, *others]), hidden
+    return torch.cat([features.pooled, *others]), tokens_of(backbone, features)
 
 
 def student_losses(
     heads: Heads,
     pooled: Tensor,
-    hidden: Tensor,
+    tokens: Tensor,
     teacher: tuple[Tensor, Tensor],
     masks: Masks,
     temperature: float,
@@ -99,10 +98,10 @@ def student_losses(
 ) -> tuple[Tensor, Tensor]:
     """(DINO's loss of all views, the loss of masked patches).
 
-    pooled [V*B, D] and hidden [M, D]: see `student_features`. teacher: probabilities [G, B, K] of the global views, and
+    pooled [V*B, D] and tokens [G*B*T, D]: see `student_features`. teacher: probabilities [G, B, K] of the global views, and
     [M, K'] of the masked patches. frozen, fused: see `views_loss`.
     """
     q_cls, q_patch = teacher
     cls = views_loss(heads.cls, pooled, q_cls, temperature, frozen=frozen, fused=fused)
-    logits = heads.of_patches(hidden, frozen)  # [M, K']
+    logits = heads.of_patches(tokens[masks.index], frozen)  # [M, K']
     return cls, patch_loss(logits, q_patch, masks.weights, len(masks.counts), temperature)

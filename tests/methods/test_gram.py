@@ -1,6 +1,7 @@
 """The Gram teacher: when it becomes the teacher, refused steps among them, and its loss."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from selfsup.backbones.create import create_backbone
 from selfsup.losses.gram import gram_loss
 from selfsup.methods import gram
 from selfsup.methods.gram import GramTeacher
+from selfsup.methods.patches import tokens_of
 from selfsup.schedules import Plan
-from tests.methods.tiny import tiny_config
+from tests.methods.test_contract import build
+from tests.methods.tiny import tiny_config, write_images
 
 
 def tiny():
@@ -50,10 +53,35 @@ def test_loss() -> None:
     student, teacher = tiny(), tiny()
     anchor = GramTeacher(teacher)
     images = torch.randn(2, 3, 32, 32)
-    patches = student(images).patches
-    loss = anchor.loss(images, patches)
+    tokens = tokens_of(student, student(images))
+    loss = anchor.loss(images, tokens)
     loss.backward()
-    by_hand = (x.flatten(2).transpose(1, 2) for x in (patches.detach(), teacher(images).patches))
-    torch.testing.assert_close(loss.detach(), gram_loss(*by_hand).detach())
+    mine, other = (tokens_of(x, x(images)).detach().unflatten(0, (2, 16)) for x in (student, teacher))
+    torch.testing.assert_close(loss.detach(), gram_loss(mine, other))
     assert loss > 0 and all(p.grad is None for p in anchor.parameters())
-    assert anchor.loss(images, teacher(images).patches) < 1e-10
+    assert anchor.loss(images, tokens_of(teacher, teacher(images))) < 1e-10
+
+
+def test_start_at_once() -> None:
+    """A run that goes on from another: its teacher is loaded after the copy was made, so step 0 goes without."""
+    s = gram.schedules(2.0, "0 steps", "50 steps", Plan(steps=100, images=100, global_batch=10))
+    assert [s["gram_weight"](step) for step in (0, 1)] == [0, 2] and s["gram_copies"](0) == 1
+
+
+def test_in_dinov2(tmp_path: Path) -> None:
+    """From its first step on it is in the loss, once; the log has it then, and the Gram teacher is of the step before."""
+    images = write_images(tmp_path / "images")
+    options = ["method.gram_weight=2", "method.gram_start=2 steps", "method.gram_every=3 steps"]
+    method, batch, s = build("dinov2", images, *options)
+    without, _, _ = build("dinov2", images, "method.gram_weight=0")
+    for step, weight in ((1, 0.0), (2, 2.0)):
+        s = {**s, "gram_weight": weight, "gram_copies": 0.5}
+        with torch.no_grad():
+            for block in method.gram.backbone.model.blocks:
+                block.attn.qkv.weight.mul_(1.5)
+        out, plain = method(batch, s), without(batch, s)
+        assert (out["gram_loss"] > 0) == (step == 2)
+        torch.testing.assert_close(out["loss"], plain["loss"] + weight * out["gram_loss"])
+    method.after_step({**s, "momentum": 0.5, "gram_copies": 1}, torch.tensor(1.0))
+    taught = method.teacher.backbone.state_dict()
+    assert all(torch.equal(v, taught[k]) for k, v in method.gram.backbone.state_dict().items())
