@@ -1,4 +1,5 @@
-"""`teacher=X`: a timm name, a run, a checkpoint, an exported folder, a file, or a module from Python, as a `Teacher`."""
+"""`teacher=X`: a timm name, a run, a checkpoint, an exported folder, a file, the bundled one of the demos, or a module from
+Python, as a `Teacher`."""
 
 import importlib
 import json
@@ -21,6 +22,7 @@ from selfsup.methods.teachers import ForeignNet, FrozenNet, Teacher
 from selfsup.wording import one_line
 
 _SUFFIXES = ("@student", "@teacher")
+_DEMO = Path(__file__).parent.parent / "data" / "fashion" / "teacher"
 
 
 def open_teacher(config: Config, given: nn.Module | None = None) -> Teacher:
@@ -80,6 +82,8 @@ def _frozen(module: nn.Module) -> FrozenNet | ForeignNet:
 def _open(target: str, wish: TeacherConfig) -> tuple[FrozenNet | ForeignNet, float | None]:
     """(network, temperature of its prototypes)."""
     path, role = Path(target), "teacher"
+    if target == "demo":  # a folder of that name is ./demo
+        return _from_run(_DEMO, role, target)
     try:
         there = path.exists()
     except (OSError, ValueError):  # ValueError: a NUL in the name
