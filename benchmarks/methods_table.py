@@ -44,8 +44,8 @@ def markdown(runs: Runs, budget: float) -> str:
     count = sum(len(found) for found in runs.values())
     lines = [f"{budget:g} s of one core each, {count} runs", ""]
     lines += [
-        "| method | k-NN % | linear % | RankMe (of) | img/s | memory, MB | steps |",
-        "|---|---|---|---|---|---|---|",
+        "| method | seeds | k-NN % | linear % | RankMe (of) | img/s | memory, MB | steps |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row, found in sorted(runs.items(), key=lambda item: -statistics.fmean(values(item[1], "knn"))):
         if not found:
@@ -54,9 +54,8 @@ def markdown(runs: Runs, budget: float) -> str:
         size = next(iter(found.values()))["dimensions"]
         means = [statistics.fmean(values(found, key)) for key in ("rankme", "img_per_s", "peak_mb", "steps")]
         name = f"{row.removeprefix(PEER)}, lightly's example" if row.startswith(PEER) else row
-        lines.append(
-            f"| {name} | {shown[0]} | {shown[1]} | {means[0]:.0f} ({size}) | {means[1]:.0f} | {means[2]:.0f} | {means[3]:.0f} |"
-        )
+        shown += [f"{means[0]:.0f} ({size})", *(f"{mean:.0f}" for mean in means[1:])]
+        lines.append(f"| {name} | {len(found)} | {' | '.join(shown)} |")
     peers = [row for row in runs if row.startswith(PEER) and row.removeprefix(PEER) in runs]
     if peers:
         lines += [

@@ -34,9 +34,9 @@ def test_table_and_picture(tmp_path: Path) -> None:
     }
     text = methods_table.markdown(runs, 120.0)
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert rows[1].startswith("| vicreg | 90.00 | 95.00 | 100 (512) | 180 | 900 | 40 |")
-    assert rows[2].startswith("| dino | 81.00 ± 1.00 |") and rows[3].startswith(
-        "| dino, lightly's example | 76.00 ± 1.00 |"
+    assert rows[1].startswith("| vicreg | 1 | 90.00 | 95.00 | 100 (512) | 180 | 900 | 40 |")
+    assert rows[2].startswith("| dino | 3 | 81.00 ± 1.00 |") and rows[3].startswith(
+        "| dino, lightly's example | 3 | 76.00 ± 1.00 |"
     )
     assert "| dino | +5.00 [+5.00, +5.00] | 75 % of its time |" in text
     assert methods_table.picture(runs, 120.0, tmp_path / "x.png").stat().st_size > 5000
