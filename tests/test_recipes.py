@@ -381,6 +381,21 @@ def test_dinov2_vitl14_is_the_published_recipe() -> None:
     }
 
 
+def test_dinov2_vitl14_gram_goes_on_from_dinov2() -> None:
+    """DINOv3, section 4.2, on dinov2_vitl14: same network, heads, views; anchored from its second step, every 10,000 steps."""
+    first, config = methods.complete(load("dinov2_vitl14")), methods.complete(load("dinov2_vitl14_gram"))
+    assert (config.backbone, config.views, config.global_batch) == (first.backbone, first.views, first.global_batch)
+    own = {"gram_weight", "gram_start", "gram_every", "teacher_temp_warmup", "freeze_last_layer"}
+    o = config.method.options
+    assert {k: v for k, v in o.items() if k not in own} == {
+        k: v for k, v in first.method.options.items() if k not in own
+    }
+    assert (o["gram_weight"], o["gram_every"], first.method.options["gram_weight"]) == (2, "10000 steps", 0)
+    length = schedules.plan(config, 14_197_122)
+    rate = schedules.optimizer_schedules(config, length)
+    assert [rate["lr"](s) for s in (1000, 50_000, 99_999)] == pytest.approx([2e-5 * 3**0.5] * 3)
+
+
 def test_simmim_vitb16_is_the_published_recipe() -> None:
     """The published 800-epoch ViT-B configuration, at the paper's batch of 2048."""
     config = methods.complete(load("simmim_vitb16"))
