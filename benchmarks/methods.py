@@ -3,8 +3,8 @@
     python benchmarks/methods.py [--only dino,simclr,lightly_simclr] [--seeds 0,1,2] [--budget 120] [--jobs 2]
                                  [--work DIR] [--json FILE] [--table]
 
-A run gets as many steps as it makes in the budget, by the CPU time of its own steps (which other work on the machine hardly
-changes); its schedules end with them. Its k-NN is taken at equal distances on the way; at the end k-NN and linear probe
+A run gets as many steps as it makes in the budget, by the least CPU time of its row's steps in some short runs, which come
+first; its schedules end with them. Its k-NN is taken at equal distances on the way; at the end k-NN and linear probe
 (`selfsup eval`), RankMe of the k-NN's bank, and the peak of its memory. What has run is in the JSON and is not run again
 unless the recipe or the budget has changed. The table, in Markdown as well, and the picture of accuracy over time are made
 from it; `lightly_NAME` is lightly's example on the images, crops, backbone and optimizer of our NAME (see
@@ -36,9 +36,15 @@ from benchmarks.methods_lightly import EXAMPLES  # noqa: E402
 from selfsup import durable  # noqa: E402
 
 CALIBRATION = (10, 50)
-"""Steps of two short runs, from whose difference the steps of a budget are reckoned."""
+"""Steps of two short runs, from whose difference the steps of a budget are reckoned,"""
+ROUNDS = 3
+"""so many times, all rows by turns; the least time counts: the others had company."""
 SNAPSHOTS = 5
 PEER = "lightly_"
+OVERRIDES = [
+    "epochs=null", "samples=null", "workers=0", "threads=1", "device=cpu", "tensorboard=false", "eval.train=demo",
+    "eval.val=demo:val", "checkpoint.every=1000000",
+]  # fmt: skip
 NEED_MORE = ("byot", "deit", "distill", "supervised", "supcon")
 """Methods that learn from labels or a teacher; they have a benchmark of their own (`distill.py`)."""
 
@@ -54,6 +60,8 @@ class Lab:
     """Our rows: name -> recipe."""
     runs: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    rates: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """Steps that a row makes in a second of CPU time, images in each."""
 
     def key(self, row: str) -> str:
         """Of everything that a run depends on but the seed."""
@@ -94,14 +102,11 @@ def measure(lab: Lab, row: str, seed: int) -> dict[str, Any]:
     peer, name = row.startswith(PEER), row.removeprefix(PEER)
     run = lab.work / "runs" / f"{row}_seed{seed}_{lab.key(row)}"
     shutil.rmtree(run, ignore_errors=True)
-    overrides = [
-        f"seed={seed}", "epochs=null", "samples=null", "workers=0", "threads=1", "device=cpu", "tensorboard=false",
-        "eval.train=demo", "eval.val=demo:val", "checkpoint.every=1000000",
-    ]  # fmt: skip
-    config, rate, batch = _calibrated(lab, name, row, seed, overrides)
+    rate, batch = lab.rates[row]
+    config = lab.work / "calibration" / row / "config.yaml"
     steps = max(2 * SNAPSHOTS, round(lab.budget * rate))
     if peer:
-        told = _example(name, config, run, steps, SNAPSHOTS)
+        told = _example(name, config, run, steps, SNAPSHOTS, seed)
         curve = [
             (int(folder.name) / steps, _knn(folder, run)["metrics"]["top1"])
             for folder in sorted((run / "snapshots").iterdir())
@@ -109,7 +114,13 @@ def measure(lab: Lab, row: str, seed: int) -> dict[str, Any]:
         target = run / "backbone"
     else:
         every = max(1, steps // SNAPSHOTS)
-        started = [*overrides, f"steps={steps}", f"eval.every={every}", f"log_every={max(1, steps // 20)}"]
+        started = [
+            *OVERRIDES,
+            f"seed={seed}",
+            f"steps={steps}",
+            f"eval.every={every}",
+            f"log_every={max(1, steps // 20)}",
+        ]
         spent = forks.selfsup(run.with_suffix(".log"), "train", lab.recipes[name], *started, "--out", str(run))
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         curve = [(line["step"] / steps, line["eval"]["knn_top1"]) for line in lines if "eval" in line]
@@ -132,30 +143,42 @@ def measure(lab: Lab, row: str, seed: int) -> dict[str, Any]:
     }
 
 
-def _calibrated(lab: Lab, name: str, row: str, seed: int, overrides: Sequence[str]) -> tuple[Path, float, int]:
-    """(our resolved configuration, steps the row makes in a second of CPU time, images in each)."""
-    run = lab.work / "calibration" / f"{row}_seed{seed}_{lab.key(row)}"
-    shutil.rmtree(run, ignore_errors=True)
-    took = []
+def calibrate(lab: Lab, rows: Sequence[str], jobs: int) -> None:
+    """Set `lab.rates` of rows; our resolved configuration is left in WORK/calibration/ROW/config.yaml."""
+    seconds: dict[str, list[tuple[float, float]]] = {row: [] for row in rows}
+    for number in range(ROUNDS):
+        say(f"speed of {len(rows)} rows, round {number + 1} of {ROUNDS}")
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            for row, found in zip(rows, pool.map(lambda row: _speed(lab, row), rows)):
+                seconds[row].append(found)
+    for row in rows:
+        few, many = (min(values) for values in zip(*seconds[row], strict=True))
+        line = json.loads((lab.work / "calibration" / row / "metrics.jsonl").read_text().splitlines()[-1])
+        lab.rates[row] = (CALIBRATION[1] - CALIBRATION[0]) / (many - few), line["samples"] // line["step"]
+        say(f"{row}: {lab.rates[row][0]:.2f} steps a second")
+
+
+def _speed(lab: Lab, row: str) -> tuple[float, float]:
+    """CPU seconds of a run of each length in CALIBRATION."""
+    name, out, took = row.removeprefix(PEER), lab.work / "calibration" / row, []
     for steps in CALIBRATION:
-        out = run / str(steps)
-        options = [*overrides, f"steps={steps}", f"log_every={steps}", "eval.every=null", "--out", str(out)]
-        spent = forks.selfsup(run.with_suffix(".log"), "train", lab.recipes[name], *options)
-        if row.startswith(PEER):
-            took.append(_example(name, out / "config.yaml", out / "peer", steps, 0)["seconds"])
+        shutil.rmtree(out, ignore_errors=True)
+        if row.startswith(PEER):  # one step of ours, for the configuration
+            options = [*OVERRIDES, "steps=1", "log_every=1", "eval.every=null", "--out", str(out)]
+            forks.selfsup(out.with_suffix(".log"), "train", lab.recipes[name], *options)
+            took.append(_example(name, out / "config.yaml", out / "peer", steps, 0, 0)["seconds"])
         else:
-            took.append(spent.seconds)
-    config = run / str(CALIBRATION[0]) / "config.yaml"
-    line = json.loads((run / str(CALIBRATION[0]) / "metrics.jsonl").read_text().splitlines()[-1])
-    return config, (CALIBRATION[1] - CALIBRATION[0]) / (took[1] - took[0]), line["samples"] // line["step"]
+            options = [*OVERRIDES, f"steps={steps}", f"log_every={steps}", "eval.every=null", "--out", str(out)]
+            took.append(forks.selfsup(out.with_suffix(".log"), "train", lab.recipes[name], *options).seconds)
+    return took[0], took[1]
 
 
-def _example(name: str, config: Path, out: Path, steps: int, snapshots: int) -> dict[str, Any]:
+def _example(name: str, config: Path, out: Path, steps: int, snapshots: int, seed: int) -> dict[str, Any]:
     """lightly's example in a process of its own."""
     out.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable, "-m", "benchmarks.methods_lightly", name, str(config), str(out), "--steps", str(steps),
-        "--snapshots", str(snapshots),
+        "--snapshots", str(snapshots), "--seed", str(seed),
     ]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -178,6 +201,7 @@ def work(lab: Lab, rows: Sequence[str], seeds: Sequence[int], jobs: int) -> list
     """Run what is not known; the failures."""
     failures: list[str] = []
     todo = [(row, seed) for seed in seeds for row in rows if not lab.known(row, seed)]
+    calibrate(lab, [row for row in rows if any(row == each for each, _ in todo)], jobs)
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         running = {pool.submit(measure, lab, row, seed): (row, seed) for row, seed in todo}
         for done in concurrent.futures.as_completed(running):

@@ -1,7 +1,7 @@
 """lightly's own examples of DINO, SimCLR, BYOL and VICReg for `methods.py`: its parts, put together as its documentation does,
 on the images, crops and backbone of our `*_demo` recipe of the same name.
 
-    python -m benchmarks.methods_lightly METHOD RECIPE.yaml OUT --steps N --snapshots S
+    python -m benchmarks.methods_lightly METHOD RECIPE.yaml OUT --steps N --snapshots S --seed K
 
 What differs from the examples (docs.lightly.ai, "Examples"): the views are ours, the ones that our recipe sees, the widths of
 heads are those of our recipe, and the optimizer is the one that our recipe names, at its learning rate, with the recipe's
@@ -163,7 +163,7 @@ class DINO:
 EXAMPLES: dict[str, Any] = {"byol": BYOL, "dino": DINO, "simclr": SimCLR, "vicreg": VICReg}
 
 
-def run(method: str, recipe: Path, out: Path, steps: int, snapshots: int) -> dict[str, float]:
+def run(method: str, recipe: Path, out: Path, steps: int, snapshots: int, seed: int) -> dict[str, float]:
     """Train; what is to be known of it. recipe: a resolved configuration of ours (RUN/config.yaml)."""
     from selfsup import methods, runtime, schedules
     from selfsup.backbones.export import export_timm
@@ -175,7 +175,9 @@ def run(method: str, recipe: Path, out: Path, steps: int, snapshots: int) -> dic
     from selfsup.optim import create_optimizer, parameter_groups, set_hyperparameters
     from selfsup.schedules import optimizer_schedules, peak_learning_rate
 
-    config = methods.complete(runtime.resolve(load(str(recipe), [f"steps={steps}", "epochs=null", "samples=null"])))
+    config = methods.complete(
+        runtime.resolve(load(str(recipe), [f"steps={steps}", "epochs=null", "samples=null", f"seed={seed}"]))
+    )
     torch.set_num_threads(1)
     source = open_source(config.data.path, channels=config.backbone.in_chans, config=config.data)
     ours = methods.create(config)  # for its views
@@ -226,8 +228,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--snapshots", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    print(json.dumps(run(args.method, args.recipe, args.out, args.steps, args.snapshots)))
+    print(json.dumps(run(args.method, args.recipe, args.out, args.steps, args.snapshots, args.seed)))
     return 0
 
 
