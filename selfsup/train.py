@@ -317,8 +317,12 @@ def _verdict(loss: Tensor, norm: Tensor) -> Tensor:
 
 
 def _moved_by_forward(method: nn.Module) -> list[Tensor]:
-    """Buffers that a forward pass may move: all but those of modules which say that they move after steps only."""
-    modules = [m for m in method.modules() if not getattr(m, "after_steps_only", False)]
+    """Buffers of the method's networks that a forward pass may move: running statistics.
+
+    Not the method's own, as a queue or a centre, nor those of modules which say that they move after steps only: what a forward
+    pass gathers in them is for `after_step`, which is told that a step was refused (`contract.Method`).
+    """
+    modules = [m for m in method.modules() if m is not method and not getattr(m, "after_steps_only", False)]
     return [buffer for module in modules for buffer in module.buffers(recurse=False)]
 
 
