@@ -17,6 +17,7 @@ from selfsup.log import duration
 
 from . import knn, linear, pictures
 from .canvas import BLUE, INK, MUTED, ORANGE, bare, new_figure, save
+from .results import terminal
 
 ROWS = {
     "random init": "random:{run}",

@@ -70,7 +70,7 @@ class EarlyStopping:
         return self.stopped
 
     def check(self, figures: Collection[str]) -> None:
-        """Raise UserError if evaluations, which give these figures, do not give the one that is asked for. Before the first step."""
+        """Raise UserError if evaluations, which will give these figures, do not give the one that is asked for."""
         if self.patience is None or (self._asked in figures if self._asked else any(x in figures for x in PREFERRED)):
             return
         asked = self._asked or " or ".join(PREFERRED)

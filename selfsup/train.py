@@ -102,8 +102,9 @@ def train(
     method's own. evaluate: called as evaluate(backbone, step) every `eval.every` steps; its figures are logged.
     classify: called as classify(classifiers, step) at the same steps, if the method has any (`contract.Method.classifiers`).
     If they have a method `close`, that is called at the end, however it ends; if they have `figures` (names, or of classify a
-    function from the names of classifiers to them), a wrong `early_stop.metric` is refused before the first step. teacher: a trained module to learn from,
-    instead of `config.teacher.path`; it is frozen where it is, and a resume needs the same again.
+    function from the names of classifiers to them), a wrong `early_stop.metric` is refused before the first step.
+    teacher: a trained module to learn from, instead of `config.teacher.path`; it is frozen where it is, and a resume needs the
+    same again.
     A run that `early_stop` ends is done, and a resume leaves it so. Raises UserError for what the user can mend, EarlyStop
     when stopped by a signal or `stop_at` (resumable), RankLost when another process of the run is gone.
     """

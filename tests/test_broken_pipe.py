@@ -77,9 +77,13 @@ def test_head_closes_it() -> None:
 
 def test_a_pipe_that_breaks_elsewhere_is_a_defect(tmp_path: Path) -> None:
     """As between processes, while stdout and stderr are read: exit 1, with the traceback."""
-    (tmp_path / "broken_method.py").write_text(
-        "from selfsup.methods.dino import DINO\n\n\nclass Broken(DINO):\n    def views(self):\n        raise BrokenPipeError(32, 'x')\n"
+    lines = (
+        "from selfsup.methods.dino import DINO",
+        "class Broken(DINO):",
+        "    def views(self):",
+        "        raise BrokenPipeError(32, 'x')",
     )
+    (tmp_path / "broken_method.py").write_text("\n".join(lines))
     command = [sys.executable, "-m", "selfsup.cli", "train", "demo", "method=broken_method:Broken", "steps=1"]
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
