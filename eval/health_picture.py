@@ -14,6 +14,7 @@ from .canvas import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, new_figure, save
 from .curves import Series, panel
 
 _RED = "#c23b3b"
+_HEALTH = "health (collapse: entropy at 1 or 0, or spread at 0)"
 _POINTS = 4000
 """Of a curve."""
 
@@ -34,8 +35,10 @@ def draw(curves: Curves, found: Diagnosis, path: Path, name: str) -> Path:
         ("feature spread", series("health.feature_std"), ORANGE),
         ("feature spread (not judged)", series("feature_std"), PURPLE),
     ]
-    panel(grid[0, 1], "health (collapse: entropy at 1 or 0, or spread at 0)", health, bottom=0.0, smooth=True)
-    if len(curves.known("health.information")[0]) or not curves.evaluations:
+    known = [name for name, (_, values), _ in health if len(values)]  # of one alone the title tells what it is
+    what = f"{known[0]}{'' if 'not' in known[0] else ' (collapse: at 0)'}" if len(known) == 1 else _HEALTH
+    panel(grid[0, 1], what, health, bottom=0.0, smooth=True)
+    if len(curves.known("health.information")[0]):
         information = [("information", series("health.information"), GREEN)]
         panel(grid[0, 2], "information in the teacher's output (nats)", information, bottom=0.0, smooth=True)
     else:  # a method without prototypes

@@ -25,6 +25,7 @@ from selfsup.errors import UserError
 from tests.methods.tiny import cli, write_images
 
 SURVEYING = sys.modules["selfsup.doctor.survey"]  # the package has a function of this name
+FILES = sys.modules["selfsup.doctor.files"]
 
 
 def here(**changes: Any) -> Machine:
@@ -141,11 +142,11 @@ def test_work_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     write_images(tmp_path, count=30, size=16)
     for i in range(30):
         Image.new("RGB", (16, 16), (i, i, i)).save(tmp_path / f"same_size_{i}.bmp")
-    monkeypatch.setattr(SURVEYING, "MOST_HASHED", 7)
+    monkeypatch.setattr(FILES, "MOST_HASHED", 7)
     found = survey(str(tmp_path), sample=12)
     assert (found.decoded, found.duplicates.hashed, found.duplicates.found) == (12, 7, 0)
     assert found.duplicates.same_size >= 30 and "no duplicate found" in "\n".join(report.data_lines(found))
-    monkeypatch.setattr(SURVEYING, "MOST_SIZES", 20)
+    monkeypatch.setattr(FILES, "MOST_SIZES", 20)
     assert survey(str(tmp_path)).sizes_seen == 20
     again, other = survey(str(tmp_path), sample=12), survey(str(tmp_path), sample=12)
     assert again.width.tolist() == other.width.tolist()

@@ -53,7 +53,8 @@ def propose(seen: Survey, machine: Machine, out: Path) -> Proposal | None:
         plan = small_network(seen, machine, images, side)
     else:
         plan = vision_transformer(seen, machine, images, side)
-    plan.say("method", "dino", "a sane start: any backbone, batches of any size, no labels; others are named below")
+    why = "a sane start: any backbone, batches of any size, no labels; others are named below"
+    plan.choices.insert(1, Choice("method", "dino", why))
     _colours(plan, seen)
     _workers(plan, seen, machine, max(plan.gpus, 1))
     bad = seen.bad_count / max(seen.decoded, 1)
