@@ -17,6 +17,7 @@ from selfsup.log import duration
 
 from . import knn, linear, pictures
 from .canvas import BLUE, INK, MUTED, ORANGE, bare, new_figure, save
+from .results import terminal
 
 ROWS = {
     "random init": "random:{run}",
@@ -112,7 +113,6 @@ def check_backbone(folder: Path) -> None:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """The demo's table."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title="Fashion-MNIST, 10,000 training and 2,000 test images, no labels used in training")
@@ -121,7 +121,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     table.add_column("linear probe", justify="right")
     for row in rows:
         table.add_row(row["name"], f"{row['knn']:.2%}", f"{row['linear']:.2%}")
-    Console().print(table)
+    terminal().print(table)
 
 
 def _say(text: str) -> None:

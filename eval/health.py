@@ -7,18 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from selfsup.columns import Curves, read_curves
 from selfsup.config import parse_yaml
-from selfsup.diagnosis import LEAST, Curves, Diagnosis, Finding, diagnose, knobs, read_curves
+from selfsup.diagnosis import LEAST, Diagnosis, diagnose
 from selfsup.errors import UserError
-from selfsup.health import FEATURE_STD, INFORMATION, SLOW_DATA
-from selfsup.wording import one_line
+from selfsup.judges import Finding
+from selfsup.remedies import advice, knobs, method_of
 
-from .canvas import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, new_figure, save
-from .curves import Series, panel
+from .health_picture import draw
 
-_RED = "#c23b3b"
-_POINTS = 4000
-"""Of a curve in the picture."""
 _WIDTH = 48
 _SPARKS, _PLAIN = "▁▂▃▄▅▆▇█", "_.-~=+*#"
 _SHOWN = (
@@ -26,6 +23,7 @@ _SHOWN = (
     ("health.teacher_entropy", "teacher entropy", 1.0),
     ("health.information", "information", 1.0),
     ("health.feature_std", "feature spread", 1.0),
+    ("feature_std", "feature spread", 1.0),  # of reconstruction, which needs none: shown, not judged
     ("grad_norm", "gradient norm", 1.0),
     ("lr", "learning rate", 1.0),
     ("data_wait", "data wait, %", 100.0),
@@ -115,7 +113,7 @@ def _object(
                 "until": each.until,
                 "text": each.text,
                 "figures": each.figures,
-                "advice": _advice(each, folder),
+                "advice": _advice(each, config, folder),
                 "now": knobs(each.kind, config),
             }
             for each in found.findings
@@ -126,8 +124,8 @@ def _object(
     }
 
 
-def _advice(finding: Finding, folder: Path) -> str:
-    return finding.advice.replace("RUN", str(folder))
+def _advice(finding: Finding, config: dict[str, Any], folder: Path) -> str:
+    return advice(finding.kind, method_of(config)).replace("RUN", str(folder))
 
 
 # ----------------------------------------------------------------------------------------------------------------- words
@@ -155,7 +153,7 @@ def lines(
         out.append(f"  {each.kind}, {span}: {each.text}")
         if each.problem:
             now = knobs(each.kind, config)
-            out.append(f"    {_advice(each, folder)}" + (f" (now {now})" if now else ""))
+            out.append(f"    {_advice(each, config, folder)}" + (f" (now {now})" if now else ""))
     for key, title, factor in _SHOWN:
         _, values = curves.known(key)
         if len(values):
@@ -187,73 +185,3 @@ def _sparks() -> str:
     except (UnicodeError, LookupError):
         return _PLAIN
     return _SPARKS
-
-
-# --------------------------------------------------------------------------------------------------------------- picture
-
-
-def draw(curves: Curves, found: Diagnosis, path: Path, name: str) -> Path:
-    """Loss, health, information, gradient norm, learning rate and waiting over steps; what is wrong is marked where it began."""
-    figure = new_figure(12, 6.4)
-    grid = figure.subplots(2, 3)
-
-    def series(key: str, factor: float = 1.0) -> Series:
-        steps, values = curves.known(key)
-        stride = max(1, len(steps) // _POINTS)
-        return steps[::stride], values[::stride] * factor
-
-    panel(grid[0, 0], "loss", [("loss", series("loss"), BLUE)], smooth=True)
-    health = [
-        ("teacher entropy / ln K", series("health.teacher_entropy"), BLUE),
-        ("feature spread", series("health.feature_std"), ORANGE),
-    ]
-    panel(grid[0, 1], "health (collapse: entropy at 1 or 0, or spread at 0)", health, bottom=0.0, smooth=True)
-    panel(
-        grid[0, 2],
-        "information in the teacher's output (nats)",
-        [("information", series("health.information"), GREEN)],
-        bottom=0.0,
-        smooth=True,
-    )
-    panel(grid[1, 0], "gradient norm", [("gradient norm", series("grad_norm"), PURPLE)], smooth=True)
-    _, norms = series("grad_norm")
-    norms = norms[norms > 0]
-    if len(norms) and norms.max() > 100 * np.median(norms):
-        grid[1, 0].set_yscale("log")
-    elif len(norms):
-        grid[1, 0].set_ylim(bottom=0.0)
-    panel(grid[1, 1], "learning rate", [("lr", series("lr"), BLUE)], bottom=0.0)
-    panel(grid[1, 2], "waiting for data (% of the time)", [("waiting", series("data_wait", 100), ORANGE)], bottom=0.0)
-    for axes, key, level in (
-        (grid[0, 1], "health.feature_std", FEATURE_STD),
-        (grid[0, 2], "health.information", INFORMATION),
-        (grid[1, 2], "data_wait", 100 * SLOW_DATA),
-    ):
-        if len(curves.known(key)[0]):
-            axes.axhline(level, color=_RED, linewidth=0.9, linestyle=(0, (4, 3)))
-            axes.set_ylim(top=max(axes.get_ylim()[1], 1.3 * level))
-    refused = curves.step[(np.nan_to_num(curves.columns["refused_in_row"]) > 0) | curves.not_finite]
-    if len(refused):
-        marks = np.full(len(refused), 0.02)
-        grid[0, 0].plot(
-            refused, marks, "|", color=_RED, transform=grid[0, 0].get_xaxis_transform(), label="refused", markersize=7
-        )
-        grid[0, 0].legend(frameon=False, fontsize=8)
-    last = max(int(curves.step[-1]), 1)
-    for place, each in enumerate(f for f in found.findings if f.problem):
-        for axes in grid[0, :] if each.kind != "starves for data" else grid[1, 2:]:
-            if place == 0 or each.kind == "starves for data":
-                axes.axvspan(each.since, each.until or last, color=_RED, alpha=0.07, linewidth=0)
-            axes.axvline(each.since, color=_RED, linewidth=1.0)
-    for axes in grid.flat:
-        axes.set_xlim(0, last)
-    for axes in grid[1]:
-        axes.set_xlabel("step", fontsize=8, color=MUTED)
-    figure.suptitle(_title(name, curves, found), fontsize=11, color=INK if found.healthy is not False else _RED)
-    return save(figure, path)
-
-
-def _title(name: str, curves: Curves, found: Diagnosis) -> str:
-    problem = next((each for each in found.findings if each.problem), None)
-    since = f" since step {problem.since:,}" if problem is not None else ""
-    return f"{one_line(name, 60)}: {found.verdict}{since}; {int(curves.step[-1]):,} steps"

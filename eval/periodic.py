@@ -1,7 +1,9 @@
 """k-NN during training: a callable that the command line hands to the trainer."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +23,19 @@ from .targets import Target, weights_hash
 _QUIET = 5_000  # evaluations with fewer images than this show no progress
 
 
-def knn_callable(config: Config, run: Path) -> Callable[[Backbone, int], dict[str, float]]:
+@dataclass(frozen=True)
+class Periodic:
+    """An evaluation that the trainer calls, and that tells beforehand what its figures are called."""
+
+    evaluate: Callable[[Any, int], dict[str, float]]
+    figures: Any
+    """Names; of what has several subjects, a function from their names to them."""
+
+    def __call__(self, subject: Any, step: int) -> dict[str, float]:
+        return self.evaluate(subject, step)
+
+
+def knn_callable(config: Config, run: Path) -> Periodic:
     """evaluate(backbone, step) -> {"knn_top1": ...} on `eval.train`/`eval.val` (else the run's data, split as in `open_pair`).
 
     The first k gives "knn_top1", further ones "knn_top1_k200". Every rank calls it and gets the same figures. It draws
@@ -41,7 +55,11 @@ def knn_callable(config: Config, run: Path) -> Callable[[Backbone, int], dict[st
             pair.append(labelled_only(open_pair(blank, settings, channels=config.backbone.in_chans))[0])
         return _knn(backbone, step, pair[0], settings, config, run)
 
-    return evaluate
+    return Periodic(evaluate, _names(settings))
+
+
+def _names(settings: KnnSettings) -> list[str]:
+    return ["knn_top1", *(f"knn_top1_k{k}" for k in settings.k[1:])]
 
 
 def _knn(
@@ -78,5 +96,4 @@ def _knn(
         torch.set_num_threads(threads)
         for module, mode in modes.items():
             module.training = mode
-    names = ["knn_top1", *(f"knn_top1_k{k}" for k in settings.k[1:])]
-    return dict(zip(names, figures))
+    return dict(zip(_names(settings), figures))

@@ -1,6 +1,5 @@
 """Accuracy on val images during training: a callable that the command line hands to the trainer."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,13 +12,14 @@ from selfsup.data.sources import open_source
 from .class_figures import figures
 from .class_names import open_val, val_of
 from .classify import Subject, answers, transform_of
+from .periodic import Periodic
 from .settings import ClassifySettings
 from .targets import Target
 
 _QUIET = 5_000  # evaluations with fewer images than this show no progress
 
 
-def classify_callable(config: Config, run: Path) -> Callable[[dict[str, nn.Module], int], dict[str, float]] | None:
+def classify_callable(config: Config, run: Path) -> Periodic | None:
     """classify(classifiers, step) -> {"top1": of the main one, "top1_NAME": of each other}, on `eval.val` or `data.val`.
 
     None without a val set: what a run trains on says nothing about how it does. Every rank calls it and gets the same. It
@@ -59,10 +59,13 @@ def classify_callable(config: Config, run: Path) -> Callable[[dict[str, nn.Modul
             for module, mode in modes.items():
                 module.training = mode
         top1 = {name: figures(a, val.labels, val.classes)["top1"] for name, a in found.items()}
-        first, *others = top1
-        return {"top1": top1[first], **{f"top1_{name}": top1[name] for name in others}}
+        return dict(zip(_names(list(top1)), top1.values()))
 
-    return classify
+    return Periodic(classify, _names)
+
+
+def _names(classifiers: list[str]) -> list[str]:
+    return ["top1", *(f"top1_{name}" for name in classifiers[1:])]
 
 
 def _counted(config: Config) -> int:

@@ -1,5 +1,6 @@
 """Progress of an evaluation on stderr: one rewritten line on a terminal, otherwise a line every few seconds."""
 
+import contextlib
 import sys
 import time
 from typing import TextIO
@@ -46,9 +47,10 @@ class Progress:
             else f"eta {duration((self.total - self._done) / rate if rate else float('inf'))}"
         )
         line = f"{self.what} {self._done}/{self.total}  {rate:.0f}/s  {text + '  ' if text else ''}{left}"
-        if self._terminal:
-            self._stream.write("\r" + line.ljust(self._width) + ("\n" if last else ""))
-            self._width = len(line)
-        else:
-            self._stream.write(line + "\n")
-        self._stream.flush()
+        with contextlib.suppress(OSError):  # a terminal that was closed: no reason to end what is measured, or a run
+            if self._terminal:
+                self._stream.write("\r" + line.ljust(self._width) + ("\n" if last else ""))
+                self._width = len(line)
+            else:
+                self._stream.write(line + "\n")
+            self._stream.flush()

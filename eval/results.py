@@ -1,5 +1,6 @@
 """Result files that carry their whole protocol, and their table."""
 
+import errno
 import functools
 import json
 import math
@@ -185,13 +186,22 @@ def _by_classifier(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return out
 
 
-def show(result: Mapping[str, Any], out: Path | None = None, console: "Console | None" = None) -> None:
-    """Print a result: its table, its settings, how it was measured, and where it is written. Nothing for {} (other ranks)."""
+def terminal() -> "Console":
+    """Of rich, on stdout. One whose reader is gone raises BrokenPipeError, which the command line knows; rich's own exits 1."""
     from rich.console import Console
 
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError(errno.EPIPE, "nobody reads the output any more")
+
+    return Terminal()
+
+
+def show(result: Mapping[str, Any], out: Path | None = None, console: "Console | None" = None) -> None:
+    """Print a result: its table, its settings, how it was measured, and where it is written. Nothing for {} (other ranks)."""
     if not result:
         return
-    console = console or Console()
+    console = console or terminal()
     classifiers = _by_classifier(result)
     console.print(table(classifiers if classifiers else [result]))
     extra = None if classifiers else settings_table(result)

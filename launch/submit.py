@@ -16,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from selfsup import config as configuration
 from selfsup import durable
@@ -77,7 +77,13 @@ def submit(
 
 def _say(*lines: str) -> None:
     for line in lines:
-        print(line, file=sys.stderr, flush=True)
+        _tell(line, sys.stderr)
+
+
+def _tell(line: str, stream: TextIO | None = None) -> None:
+    """By default on stdout. That nobody reads it, as behind `| head -1`, does not stop what follows a job."""
+    with contextlib.suppress(OSError):
+        print(line, file=stream, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- jobs
@@ -176,7 +182,7 @@ def _launch(job: Sbatch, count: int | None, what: str) -> str | None:
     except UserError as error:
         _say(f"{what} will not follow, and the training goes on without it: {error}")
         return None
-    print(f"job {number}: {what}, {job.parameters['dependency']}")
+    _tell(f"job {number}: {what}, {job.parameters['dependency']}")
     return number
 
 
@@ -306,12 +312,12 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _report(plan: Plan, job: str) -> None:
     runs = f", {len(plan.members)} runs" if plan.sweep else ""
-    print(f"job {job}: training{runs}, in {plan.out}", flush=True)
+    _tell(f"job {job}: training{runs}, in {plan.out}")
 
 
 def _say_next(plan: Plan) -> None:
     run, first = (shlex.quote(str(folder)) for folder in (plan.out, plan.runs()[0]))
-    print(f"next: selfsup status {run}; selfsup logs {first} --follow; selfsup cancel {run}", flush=True)
+    _tell(f"next: selfsup status {run}; selfsup logs {first} --follow; selfsup cancel {run}")
 
 
 def _show(plan: Plan) -> None:

@@ -227,6 +227,10 @@ def main() -> None:
         code = exit_.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = 130
+    except SystemExit as leaving:
+        if not isinstance(leaving.__context__, BrokenPipeError):
+            raise
+        code = _after_broken_pipe(leaving.__context__)
     except Exception as error:
         import traceback
 
@@ -246,6 +250,24 @@ def _say(text: str) -> None:
     """On stderr; one that is closed or on a full disk does not change the exit code."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
+
+
+def _after_broken_pipe(error: BrokenPipeError) -> int:
+    """The exit code: 141, as of other tools in a shell, if nobody reads stdout or stderr any more, as with `| head -1`.
+
+    Any other pipe, as between processes, is a defect; typer would exit 1 without a word on either.
+    """
+    import select
+    import traceback
+
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # none, or no file
+            poll = select.poll()
+            poll.register(stream.fileno(), 0)
+            if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+                return 141
+    _say("".join(traceback.format_exception(error)).rstrip())
+    return 1
 
 
 def _flush() -> None:

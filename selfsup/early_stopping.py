@@ -1,9 +1,10 @@
 """Do evaluations still get better? Judged against the best so far; that a run then ends is the trainer's business."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
+from selfsup.config import suggest
 from selfsup.errors import UserError
 from selfsup.wording import one_line
 
@@ -67,6 +68,16 @@ class EarlyStopping:
         else:
             self.waited += 1
         return self.stopped
+
+    def check(self, figures: Collection[str]) -> None:
+        """Raise UserError if evaluations, which will give these figures, do not give the one that is asked for."""
+        if self.patience is None or (self._asked in figures if self._asked else any(x in figures for x in PREFERRED)):
+            return
+        asked = self._asked or " or ".join(PREFERRED)
+        raise UserError(
+            f"early_stop.metric={one_line(asked, 40)}{suggest(asked, figures)}; the evaluations of this run give "
+            f"{', '.join(figures) or 'no figures'}; name one of them, or leave out early_stop.patience"
+        )
 
     def _better(self, value: float) -> bool:
         if not math.isfinite(value):

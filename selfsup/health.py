@@ -58,16 +58,3 @@ class CollapseMonitor:
     def restore(self, state: list[str]) -> None:
         """Undo `state`."""
         self._verdicts = deque(state, maxlen=PATIENCE)
-
-
-ADVICE = {
-    "collapse: uniform": "the teacher's output is uniform; lower method.teacher_temp, or warm it up for longer",
-    "collapse: constant": "every image gets the same prototype; check method.center_momentum, lower the learning rate",
-    "collapse: features": "features no longer depend on the image; lower the learning rate, check the crops",
-    "diverges": "lower the learning rate, warm it up for longer, clip gradients; a new run with init_from=RUN goes on from here",
-    "refuses steps": "loss or gradients were not finite; selfsup replay RUN/refused shows where; lower the learning rate, or "
-    "use precision=fp32",
-    "flat loss": "nothing is learned; check the learning rate and its warm-up, what is frozen, and that the views differ",
-    "starves for data": "raise workers; store smaller images, on a local disk; selfsup doctor DATA tells what an image costs",
-}
-"""What to change, by what is wrong. RUN stands for the run's folder."""

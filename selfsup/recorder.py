@@ -14,8 +14,9 @@ from torch import Tensor
 from selfsup import dist
 from selfsup.config import Config
 from selfsup.errors import UserError
-from selfsup.health import ADVICE, SLOW_DATA, CollapseMonitor
+from selfsup.health import SLOW_DATA, CollapseMonitor
 from selfsup.log import MetricsLog, Progress, TensorBoard
+from selfsup.remedies import advice
 from selfsup.schedules import Plan
 from selfsup.spikes import SpikeDetector
 
@@ -177,7 +178,7 @@ class Recorder:
             )
         state = newest["health"]["state"]
         if state != "ok" and state != self._named:
-            self._progress.note(f"step {newest['step']}: {state}: {ADVICE.get(state, '')}")
+            self._progress.note(f"step {newest['step']}: {state}: {advice(state, self._config.method.name)}")
         self._named = state
         if newest["data_wait"] > SLOW_DATA and not self._warned_data and self._windows > 3:
             self._warned_data = True

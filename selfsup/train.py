@@ -50,6 +50,19 @@ class Evaluations:
             figures |= {f"{name}/{key}": value for key, value in self.backbone(backbone, step).items()}
         return figures | self.backbone(method.export(), step)
 
+    def figures(self, method: Any) -> list[str] | None:
+        """What an evaluation of it will give; None if a part does not tell (it has no `figures`)."""
+        parts = [] if self.backbone is None else [self.backbone]
+        names = list(method.classifiers()) if self.classifiers else []
+        parts += [self.classifiers] if names else []
+        if not all(hasattr(part, "figures") for part in parts):
+            return None
+        found: list[str] = self.classifiers.figures(names) if names else []
+        if self.backbone is None:
+            return found
+        own = list(self.backbone.figures)
+        return found + own + [f"{name}/{key}" for name in getattr(method, "further", dict)() for key in own]
+
     def __bool__(self) -> bool:
         return self.backbone is not None or self.classifiers is not None
 
@@ -88,8 +101,10 @@ def train(
     dataset: any torch `Dataset` of images or (image, label) pairs, instead of `data.path`. views: instead of the
     method's own. evaluate: called as evaluate(backbone, step) every `eval.every` steps; its figures are logged.
     classify: called as classify(classifiers, step) at the same steps, if the method has any (`contract.Method.classifiers`).
-    If they have a method `close`, that is called at the end, however it ends. teacher: a trained module to learn from,
-    instead of `config.teacher.path`; it is frozen where it is, and a resume needs the same again.
+    If they have a method `close`, that is called at the end, however it ends; if they have `figures` (names, or of classify a
+    function from the names of classifiers to them), a wrong `early_stop.metric` is refused before the first step.
+    teacher: a trained module to learn from, instead of `config.teacher.path`; it is frozen where it is, and a resume needs the
+    same again.
     A run that `early_stop` ends is done, and a resume leaves it so. Raises UserError for what the user can mend, EarlyStop
     when stopped by a signal or `stop_at` (resumable), RankLost when another process of the run is gone.
     """
@@ -129,6 +144,8 @@ def train(
                 run.progress.note("checkpoint.keep_best keeps nothing: there is no evaluation to choose by")
             if config.early_stop.patience and not evaluations:
                 run.progress.note("early_stop stops nothing: there is no evaluation to judge")
+            elif (figures := evaluations.figures(run.method)) is not None:
+                run.early_stopping.check(figures)
             watch = stack.enter_context(profiled(run, watch))
             return _train(run, signals, watch, evaluations, lease.check if lease is not None else lambda: None)
         except (RuntimeError, MemoryError) as error:
@@ -317,8 +334,12 @@ def _verdict(loss: Tensor, norm: Tensor) -> Tensor:
 
 
 def _moved_by_forward(method: nn.Module) -> list[Tensor]:
-    """Buffers that a forward pass may move: all but those of modules which say that they move after steps only."""
-    modules = [m for m in method.modules() if not getattr(m, "after_steps_only", False)]
+    """Buffers of the method's networks that a forward pass may move: running statistics.
+
+    Not the method's own, as a queue or a centre, nor those of modules which say that they move after steps only: what a forward
+    pass gathers in them is for `after_step`, which is told that a step was refused (`contract.Method`).
+    """
+    modules = [m for m in method.modules() if m is not method and not getattr(m, "after_steps_only", False)]
     return [buffer for module in modules for buffer in module.buffers(recurse=False)]
 
 

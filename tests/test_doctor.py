@@ -4,14 +4,18 @@ import json
 import shlex
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from selfsup import doctor, methods
+from selfsup.cli import app
 from selfsup.config import DataConfig, load
 from selfsup.data.datasets import DatasetSource
 from selfsup.doctor import advice, machine, report
@@ -21,6 +25,7 @@ from selfsup.errors import UserError
 from tests.methods.tiny import cli, write_images
 
 SURVEYING = sys.modules["selfsup.doctor.survey"]  # the package has a function of this name
+FILES = sys.modules["selfsup.doctor.files"]
 
 
 def here(**changes: Any) -> Machine:
@@ -137,11 +142,11 @@ def test_work_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     write_images(tmp_path, count=30, size=16)
     for i in range(30):
         Image.new("RGB", (16, 16), (i, i, i)).save(tmp_path / f"same_size_{i}.bmp")
-    monkeypatch.setattr(SURVEYING, "MOST_HASHED", 7)
+    monkeypatch.setattr(FILES, "MOST_HASHED", 7)
     found = survey(str(tmp_path), sample=12)
     assert (found.decoded, found.duplicates.hashed, found.duplicates.found) == (12, 7, 0)
     assert found.duplicates.same_size >= 30 and "no duplicate found" in "\n".join(report.data_lines(found))
-    monkeypatch.setattr(SURVEYING, "MOST_SIZES", 20)
+    monkeypatch.setattr(FILES, "MOST_SIZES", 20)
     assert survey(str(tmp_path)).sizes_seen == 20
     again, other = survey(str(tmp_path), sample=12), survey(str(tmp_path), sample=12)
     assert again.width.tolist() == other.width.tolist()
@@ -215,6 +220,84 @@ def test_what_the_machine_changes(tmp_path: Path) -> None:
     wide = options(seen(9000, 900, 300), here(gpus=gpus(1))).config.views
     assert wide.global_.scale[1] < 0.5 and wide.local.scale[1] <= wide.global_.scale[0]
     assert advice.propose(seen(1, 300, 300), here(), tmp_path) is None
+
+
+def labelled(classes: int, smallest: int, largest: int, unlabelled: int = 0) -> Classes:
+    count = classes * (smallest + largest) // 2
+    return Classes(classes, count, unlabelled, ("few", smallest), smallest, ("many", largest), count + unlabelled)
+
+
+FIVE: dict[str, Any] = {"mean": (0.5,) * 5, "std": (0.25,) * 5}
+ALTERNATIVES = [
+    # what is seen, the machine, the methods that are named in this order, and words of a reason
+    (CASES[0][0], here(), ["mae", "moco", "simsiam", "ibot"], "grey images"),
+    (CASES[3][0], here(gpus=gpus(1)), ["moco", "simsiam", "ibot"], "queue"),
+    (CASES[4][0], here(gpus=gpus(8), cpus=64), ["swav", "dinov2"], "640 GB"),
+    (CASES[5][0], here(gpus=gpus(1, 24e9), cpus=8), ["moco", "simsiam", "ibot"], "64 at a time"),
+    (CASES[6][0], CASES[6][1], ["moco", "simsiam", "ibot"], "hidden patches"),
+    (CASES[7][0], CASES[7][1], ["moco", "ibot"], "8 at a time"),
+    (CASES[9][0], here(), ["moco", "simsiam", "ibot"], "queue"),
+    (seen(5_000, 300, 300, 5, **FIVE), here(), ["mae", "moco", "simsiam", "ibot"], "5 channels"),
+    (seen(5_000, 300, 300, 5, **FIVE), here(gpus=gpus(1)), ["mae", "moco", "simsiam", "ibot"], "5 channels"),
+    (seen(5_000, 300, 300, 1, modes=Counter({"I;16": 99, "L": 1})), here(), ["mae", "moco", "simsiam", "ibot"], "I;16 pixels"),
+    (seen(5_000, 40, 40, classes=labelled(4, 1_000, 1_500)), here(), ["supervised", "supcon", "moco", "simsiam", "ibot"],
+     "labels of 4 classes, balanced"),
+    (seen(5_000, 300, 300, classes=labelled(4, 50, 2_000, 200)), here(gpus=gpus(1)), ["supcon", "moco", "simsiam", "ibot"],
+     "the largest 40 times the smallest, which it will hardly learn"),
+    (seen(900_000, 300, 300, classes=labelled(1_000, 900, 900)), here(gpus=gpus(8)), ["supervised", "supcon", "swav", "dinov2"],
+     "labels of 1,000 classes"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "computer", "named", "words"), ALTERNATIVES)
+def test_alternatives(data: Survey, computer: Machine, named: list[str], words: str, tmp_path: Path) -> None:
+    """Those that suit, each with its reason and a command that fits the data as the first proposal does."""
+    found = advice.propose(data, computer, tmp_path)
+    assert found is not None and found.config.method.name == "dino"
+    assert [each.method for each in found.alternatives] == named
+    assert any(words in each.why for each in found.alternatives)
+    for each in found.alternatives:
+        config = methods.complete(load(each.recipe, each.overrides))
+        kind = methods.find(config.method.name)
+        assert config == each.config and config.method.name == each.method and config.data.path == data.spec
+        processes = int(each.command.split("--nproc-per-node ")[1].split()[0]) if "torchrun" in each.command else 1
+        assert config.global_batch % (config.accumulate * processes) == 0 and config.global_batch <= data.count
+        assert config.accumulate == 1 or not hasattr(kind, "whole_batch")
+        assert config.backbone.in_chans == data.channels and config.workers == found.config.workers
+        assert config.method.options.get("queue_length", 0) <= data.count and config.data.val is None
+        assert kind.labels != "needed" or (data.classes is not None and not data.classes.unlabelled)
+    whole = [a for a in found.alternatives if hasattr(methods.find(methods.METHODS[a.method]), "whole_batch")]
+    assert (found.passed_over is None) or all(a.method in ("simsiam", "supcon") for a in whole)
+    shown = report.lines(computer, data, found)
+    assert all(f"or {a.recipe} ({a.method}): {a.why}" in shown for a in found.alternatives) and shown[-1] != ""
+    told = report.as_json(computer, data, found)["proposal"]["alternatives"]
+    assert [each["command"] for each in told] == [a.command for a in found.alternatives]
+
+
+def test_every_proposed_command_is_whole(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As they are pasted: `--print-config` shows what was meant; the small ones are built from it."""
+    doctor.run(str(folder), out=tmp_path / "runs")
+    pasted = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if "selfsup train" in line]
+    assert len(pasted) >= 5
+    for words in pasted:
+        shown = CliRunner().invoke(app, [*words[1:], "--print-config"])
+        assert shown.exit_code == 0, (words, shown.output, shown.exception)
+        (tmp_path / "config.yaml").write_text(shown.output)
+        config = load(str(tmp_path / "config.yaml"), ["data.classes=4"])
+        method = methods.create(methods.complete(config))
+        size = config.views.global_.size
+        with torch.no_grad():
+            assert method.export()(torch.zeros(2, config.backbone.in_chans, size, size)).pooled.shape[0] == 2
+
+
+@pytest.mark.slow
+def test_the_other_commands_run(folder: Path, tmp_path: Path) -> None:
+    done = cli("doctor", str(folder), "--out", str(tmp_path / "runs"), "--json")
+    for each in json.loads(done.stdout)["proposal"]["alternatives"]:
+        trained = cli(
+            *shlex.split(each["command"])[1:], "stop_at=2", "threads=1", "tensorboard=false", "eval.every=null"
+        )
+        assert trained.returncode == 75, (each["command"], trained.stderr)
 
 
 @pytest.mark.parametrize("kind", ["colour", "list"])

@@ -11,11 +11,11 @@ import pytest
 
 import selfsup
 from selfsup import EarlyStop, UserError
-from selfsup.config import load
+from selfsup.config import dump, load
 from selfsup.early_stopping import EarlyStopping
 from selfsup.launch.status import describe
 from selfsup.log import read_metrics
-from tests.methods.tiny import tiny_config, write_images
+from tests.methods.tiny import cli, tiny_config, write_images
 
 
 def fed(values: list[float], patience: int | None = 3, **options: Any) -> list[bool]:
@@ -211,3 +211,39 @@ def test_a_figure_that_there_is_not(train: Train, tmp_path: Path) -> None:
 def test_nothing_to_judge_is_told(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(tmp_path / "run", "steps=4", evaluate=None).steps == 4
     assert "early_stop stops nothing" in capsys.readouterr().err
+
+
+def test_a_wrong_metric_is_refused_at_the_start(tmp_path: Path) -> None:
+    """By the command line, which knows what its evaluations give: k-NN, and top-1 of each classifier. Nothing is trained."""
+    labelled = write_images(tmp_path / "images", classes=4)
+    for method, metric, known in (
+        ("dino", "knn_top_1", "did you mean knn_top1?; the evaluations of this run give knn_top1, knn_top1_k5"),
+        ("supervised", "top5", "the evaluations of this run give top1, top1_head, knn_top1, knn_top1_k5"),
+    ):
+        config = tiny_config(method, f"data={labelled}", "data.val=" + str(labelled), "eval.every=2", "eval.k=[3,5]")
+        (tmp_path / f"{method}.yaml").write_text(dump(config))
+        more = ("early_stop.patience=2", f"early_stop.metric={metric}", "--out", str(tmp_path / method))
+        done = cli("train", str(tmp_path / f"{method}.yaml"), *more)
+        assert done.returncode == 2 and f"early_stop.metric={metric}" in done.stderr, done.stderr
+        assert known in done.stderr and "Traceback" not in done.stderr
+        assert not read_metrics(tmp_path / method / "metrics.jsonl")
+    done = cli(
+        "train", str(tmp_path / "dino.yaml"), "early_stop.patience=1", "early_stop.metric=knn_top1_k5", *more[2:]
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_evaluation_that_does_not_tell_its_figures(train: Train, tmp_path: Path) -> None:
+    """It is judged when it has given them; one that tells is refused before the first step."""
+
+    class Telling:
+        figures = ("knn_top1",)
+
+        def __call__(self, backbone: Any, step: int) -> dict[str, float]:
+            raise AssertionError("evaluated")
+
+    with pytest.raises(UserError, match=r"early_stop\.metric=accuracy.*of this run give knn_top1;"):
+        train(tmp_path / "run", "early_stop.metric=accuracy", evaluate=Telling(), quiet=True)
+    with pytest.raises(UserError, match=r"early_stop\.metric=top1 or knn_top1.*of this run give loss;"):
+        Telling.figures = ("loss",)
+        train(tmp_path / "other", evaluate=Telling(), quiet=True)

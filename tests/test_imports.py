@@ -32,7 +32,7 @@ LEVELS = [
     }
     | {"optim", "optim_state", "durable", "tensorfile", "spikes", "early_stopping", "guard"},
     {"checkpoint", "checkpoint_writer", "log", "health", "runtime", "placement", "runfolder", "status", "signals"}
-    | {"recorder", "profile", "diagnosis"},
+    | {"recorder", "profile", "diagnosis", "judges", "columns", "remedies"},
     {"backbones", "data", "classifier"},
     {"methods", "recipes", "initialise", "replay", "exits", "doctor"},
     {"run", "train"},

@@ -93,6 +93,10 @@ def lines(machine: Machine, seen: Survey, proposal: Proposal | None) -> list[str
     width = max(len(choice.what) for choice in proposal.choices)
     out += ["", *(f"{choice.what:{width}}  {choice.value}: {choice.why}" for choice in proposal.choices)]
     out += ["", *(f"note: {warning}" for warning in proposal.warnings), *([""] if proposal.warnings else [])]
+    for each in proposal.alternatives:
+        out += [f"or {each.recipe} ({each.method}): {each.why}", f"   {each.command}"]
+    out += [f"not here: {proposal.passed_over}"] if proposal.passed_over else []
+    out += [""] if proposal.alternatives else []
     return [*out, proposal.command, *([proposal.then] if proposal.then else [])]
 
 
@@ -123,6 +127,11 @@ def as_json(machine: Machine, seen: Survey, proposal: Proposal | None) -> dict[s
             "learning_rate": learning_rate(proposal),
             "choices": [dataclasses.asdict(choice) for choice in proposal.choices],
             "warnings": proposal.warnings,
+            "alternatives": [
+                {"method": a.method, "recipe": a.recipe, "why": a.why, "overrides": a.overrides, "command": a.command}
+                for a in proposal.alternatives
+            ],
+            "passed_over": proposal.passed_over,
             "command": proposal.command,
             "then": proposal.then,
         }

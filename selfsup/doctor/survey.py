@@ -1,61 +1,27 @@
 """A look at a source of images, with bounded work: all names, the sizes of many files, and the pixels of a sample."""
 
 import hashlib
-import io
-import os
 import sys
 import time
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 
 from selfsup.config import DataConfig
 from selfsup.data.base import Source
-from selfsup.data.decode import BadImage, Pixels, decode, read_file
+from selfsup.data.decode import BadImage, Pixels, decode
 from selfsup.data.sources import open_source
+from selfsup.doctor.files import LISTED, TAG, Counting, Files, choice, compare_files, note_equal
+from selfsup.doctor.formats import describe
 from selfsup.errors import UserError
 from selfsup.randomness import generator
 
-MOST_SIZES = 200_000
-"""Files whose size is asked for."""
-
-MOST_HASHED = 20_000
-"""Files that are read for their hash."""
-
-MOST_BYTES = 1 << 30
-"""Of them together."""
-
-LISTED = 10
-"""Examples that are named."""
-
-_TAG = 0xD0C7
 _FIRST_LOOK = 16
 _SIDE = 128  # pixels along each side that statistics are taken of
 _BLANK = 2.0  # levels: standard deviation below which a picture shows nothing
-_GREY_MODES = ("1", "L", "LA", "La", "I", "F")
-
-
-@dataclass
-class Duplicates:
-    """Files with the same content."""
-
-    found: int = 0
-    """How many could be left out."""
-    looked_at: int = 0
-    """Files, or decoded images, among which equal ones were looked for."""
-    same_size: int = 0
-    """Of those, files that share their size with another: no others can be equal."""
-    hashed: int = 0
-    """Of those, files that were read."""
-    examples: list[tuple[str, str]] = field(default_factory=list)
-    what: str = "files"
-    """'files' by the hash of their bytes, or 'decoded images' where there are no files."""
 
 
 @dataclass
@@ -74,20 +40,13 @@ class Classes:
 
 
 @dataclass
-class Survey:
+class Survey(Files):
     """What was seen."""
 
     spec: str
     count: int
     listed_s: float
     """Seconds that the names took."""
-    sizes_seen: int = 0
-    """Files whose size was asked for; 0: there are no files."""
-    total_bytes: float | None = None
-    """Of all files, from the mean of those that were asked for."""
-    missing: list[str] = field(default_factory=list)
-    """Some of the files that are not there or empty."""
-    missing_count: int = 0
     decoded: int = 0
     """Images of the sample, readable or not."""
     bad: list[tuple[str, str]] = field(default_factory=list)
@@ -108,7 +67,6 @@ class Survey:
     std: tuple[float, ...] = ()
     decode_ms: float = 0.0
     """Mean of reading and decoding one on one core."""
-    duplicates: Duplicates = field(default_factory=Duplicates)
     classes: Classes | None = None
 
     @property
@@ -125,31 +83,6 @@ class Survey:
         return np.maximum(self.width, self.height) / np.maximum(self.short_side, 1)
 
 
-class Counting:
-    """Progress of a long look on stderr: one line, rewritten, on a terminal; else one every `every`, at most one a second."""
-
-    def __init__(self, what: str, total: int, every: int) -> None:
-        self.what, self.total, self.every = what, total, every
-        self._terminal = sys.stderr is not None and sys.stderr.isatty()
-        self._shown = time.monotonic()
-        self._written = False
-
-    def at(self, done: int) -> None:
-        """`done` are done."""
-        now = time.monotonic()
-        due = now - self._shown > 0.2 if self._terminal else done % self.every == 0 and now - self._shown > 1
-        if not due or sys.stderr is None:
-            return
-        self._shown, self._written = now, True
-        line = f"{self.what}: {done:,} of {self.total:,}"
-        print(f"\r{line}" if self._terminal else line, end="" if self._terminal else "\n", file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        """The next line begins anew."""
-        if self._terminal and self._written:
-            print(file=sys.stderr)
-
-
 def survey(spec: str, *, sample: int = 500, seconds: float = 30.0, config: DataConfig | None = None) -> Survey:
     """Look at what `data=SPEC` means.
 
@@ -161,93 +94,17 @@ def survey(spec: str, *, sample: int = 500, seconds: float = 30.0, config: DataC
     found = Survey(spec, len(source), time.monotonic() - began)
     if found.listed_s > 2:
         print(f"{found.count:,} images listed in {found.listed_s:.1f} s", file=sys.stderr, flush=True)
-    _compare_files(source, found, time.monotonic() + seconds)
+    compare_files(source, found, time.monotonic() + seconds)
     _decode_some(source, found, sample, time.monotonic() + seconds)
     found.classes = _balance(source, sample)
     return found
-
-
-# ----------------------------------------------------------------------------------------------------------------- files
-
-
-def _compare_files(source: Source, found: Survey, deadline: float) -> None:
-    """Sizes first, for only files of the same size can be equal; then the hashes of those, as many as the bounds allow."""
-    if source.stored_bytes(0) is None:
-        return
-    indices, sizes = _sizes(source, deadline)
-    found.sizes_seen = len(sizes)
-    found.total_bytes = float(np.maximum(sizes, 0).mean()) * len(source)
-    faulty = np.flatnonzero(sizes <= 0)
-    found.missing_count = len(faulty)
-    found.missing = [source.name(int(indices[i])) for i in faulty[:LISTED]]
-    duplicates = found.duplicates
-    duplicates.looked_at = len(sizes)
-    queue = _candidates(sizes)
-    duplicates.same_size = len(queue)
-    read, first, counting = 0, dict[bytes, int](), Counting("files hashed", min(len(queue), MOST_HASHED), 5000)
-    for place in queue[:MOST_HASHED].tolist():
-        if read + sizes[place] > MOST_BYTES or time.monotonic() > deadline:
-            break
-        read += int(sizes[place])
-        duplicates.hashed += 1
-        counting.at(duplicates.hashed)
-        index = int(indices[place])
-        try:
-            digest = hashlib.blake2b(source.raw(index), digest_size=16).digest()
-        except BadImage:
-            continue
-        _note_equal(duplicates, first, digest, index, source.name)
-    counting.end()
-
-
-def _sizes(source: Source, deadline: float) -> tuple[np.ndarray, np.ndarray]:
-    """(images, bytes of their files): of all, or of a seeded choice of MOST_SIZES; fewer if the time is over."""
-    indices = _choice(len(source), MOST_SIZES, 0)
-    counting = Counting("file sizes", len(indices), 20_000)
-    sizes = np.empty(len(indices), dtype=np.int64)
-    done = 0
-    for done, index in enumerate(indices.tolist(), 1):
-        sizes[done - 1] = source.stored_bytes(index) or 0
-        counting.at(done)
-        if done % 256 == 0 and time.monotonic() > deadline:
-            break
-    counting.end()
-    return indices[:done], sizes[:done]
-
-
-def _candidates(sizes: np.ndarray) -> np.ndarray:
-    """Places of files that share their size with another, groups together, in a seeded order of groups."""
-    order = np.argsort(sizes, kind="stable")
-    order = order[sizes[order] > 0]
-    _, starts, counts = np.unique(sizes[order], return_index=True, return_counts=True)
-    groups = np.flatnonzero(counts > 1)
-    generator(_TAG, 1).shuffle(groups)
-    parts = [order[starts[g] : starts[g] + counts[g]] for g in groups]
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-
-
-def _note_equal(
-    duplicates: Duplicates, first: dict[bytes, int], digest: bytes, index: int, name: Callable[[int], str]
-) -> None:
-    earlier = first.setdefault(digest, index)
-    if earlier != index:
-        duplicates.found += 1
-        if len(duplicates.examples) < LISTED:
-            duplicates.examples.append((name(earlier), name(index)))
-
-
-def _choice(count: int, most: int, key: int) -> np.ndarray:
-    """At most `most` of `count`, ascending."""
-    if count <= most:
-        return np.arange(count)
-    return np.sort(generator(_TAG, key).choice(count, most, replace=False))
 
 
 # ---------------------------------------------------------------------------------------------------------------- pixels
 
 
 def _decode_some(source: Source, found: Survey, sample: int, deadline: float) -> None:
-    indices = generator(_TAG, 2).permutation(_choice(len(source), sample, 3))  # so that a part of it is a sample too
+    indices = generator(TAG, 2).permutation(choice(len(source), sample, 3))  # so that a part of it is a sample too
     source.channels = _channels_to_ask_for(source, indices[:_FIRST_LOOK].tolist())
     sides: list[tuple[int, int]] = []
     sums: list[np.ndarray] = []
@@ -279,7 +136,7 @@ def _decode_some(source: Source, found: Survey, sample: int, deadline: float) ->
         if not found.sizes_seen:
             found.duplicates.looked_at += 1
             digest = hashlib.blake2b(f"{array.shape}".encode() + array.tobytes(), digest_size=16).digest()
-            _note_equal(found.duplicates, first, digest, index, source.name)
+            note_equal(found.duplicates, first, digest, index, source.name)
         small = array[:: max(1, array.shape[0] // _SIDE), :: max(1, array.shape[1] // _SIDE)].astype(np.float64)
         found.grey += bool((small == small[:, :, :1]).all())
         found.blank += bool(small.std(axis=(0, 1)).max() < _BLANK)
@@ -317,53 +174,6 @@ def _channels_to_ask_for(source: Source, indices: Iterable[int]) -> int:
     return 3 if usual in (0, 1, 3, 4) else usual
 
 
-def describe(raw: Any) -> tuple[str, str, int]:
-    """(format, mode, channels as they are stored) of what `Source.raw` gives; channels 0 if that is not known."""
-    if isinstance(raw, (str, os.PathLike)):
-        try:
-            raw = read_file(raw, 4, 100_000_000)
-        except (OSError, BadImage):
-            return "file", "?", 0
-    if isinstance(raw, bytes):
-        if raw.startswith(b"\x93NUMPY"):
-            return "NPY", *_of_array(*_npy_header(raw))
-        try:
-            with warnings.catch_warnings(), Image.open(io.BytesIO(raw)) as image:
-                warnings.simplefilter("ignore")
-                pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
-                mode, bands = image.mode, _bands(image.mode, len(image.getbands()))
-                if pages > 1 and bands == 1:
-                    return "TIFF", f"{mode} x {pages} pages", pages
-                return image.format or "?", mode, bands
-        except Exception:  # decoding it tells why
-            return "?", "?", 0
-    if isinstance(raw, Image.Image):
-        return "PIL image", raw.mode, _bands(raw.mode, len(raw.getbands()))
-    if isinstance(raw, (np.ndarray, torch.Tensor)):
-        return type(raw).__name__, *_of_array(tuple(raw.shape), str(raw.dtype))
-    return type(raw).__name__, "?", 0
-
-
-def _bands(mode: str, bands: int) -> int:
-    return 1 if mode in _GREY_MODES or mode.startswith("I;16") else (3 if mode == "P" else bands)
-
-
-def _npy_header(raw: bytes) -> tuple[tuple[int, ...], str]:
-    stream = io.BytesIO(raw)
-    try:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(stream)
-    except (ValueError, OSError):
-        return (), "?"
-    return shape, str(dtype)
-
-
-def _of_array(shape: tuple[int, ...], dtype: str) -> tuple[str, int]:
-    channels = 1 if len(shape) == 2 else (min(shape[0], shape[2]) if len(shape) == 3 else 0)
-    return f"{dtype}, {channels} channels", channels
-
-
 # ---------------------------------------------------------------------------------------------------------------- labels
 
 
@@ -372,7 +182,7 @@ def _balance(source: Source, sample: int) -> Classes | None:
         labels = source.labels
     else:  # each costs the reading of an image
         try:
-            labels = np.array([source.label(int(i)) for i in _choice(len(source), sample, 3)], dtype=np.int64)
+            labels = np.array([source.label(int(i)) for i in choice(len(source), sample, 3)], dtype=np.int64)
         except (OSError, SyntaxError, EOFError):
             return None
     if labels is None or not (labels >= 0).any():

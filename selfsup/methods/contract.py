@@ -93,7 +93,11 @@ class Method(Protocol):
         ...
 
     def after_step(self, s: Mapping[str, float], ok: Tensor) -> None:
-        """Moving averages. ok: device scalar; where it is 0 the step was refused and nothing may move."""
+        """Moving averages. ok: device scalar; where it is 0 the step was refused and nothing may move.
+
+        The method's own buffers are its own business: what `forward` gathers in one, for the whole step, is taken and emptied
+        here. Those of its networks, as running statistics are, the trainer has put back if the step was refused.
+        """
         ...
 
     def export(self) -> Backbone:

@@ -1,5 +1,6 @@
 """`selfsup health`: runs that really collapse, diverge and starve are named; healthy ones are not; broken logs are read."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,10 +14,12 @@ import pytest
 from PIL import Image
 
 import selfsup
-from selfsup.diagnosis import FLAT_STEPS, diagnose, read_curves
+from selfsup.columns import read_curves
+from selfsup.diagnosis import diagnose
 from selfsup.errors import UserError
 from selfsup.eval import health
-from selfsup.health import ADVICE
+from selfsup.judges import FLAT_STEPS
+from selfsup.remedies import advice, knobs
 from tests.methods.tiny import tiny_config, write_images
 
 
@@ -49,7 +52,11 @@ def test_a_run_that_really_goes_wrong(
     assert found["verdict"] == kind and found["healthy"] is False and found["state"] == "completed"
     first = found["findings"][0]
     assert first["kind"] == kind and first["problem"] and first["until"] is None and 1 < first["since"] <= 25
-    assert first["figures"] and first["advice"].startswith(ADVICE[kind][:20]) and "optimizer.lr=" in first["now"]
+    assert (
+        first["figures"]
+        and first["advice"] == advice(kind, "dino").replace("RUN", str(tmp_path))
+        and "optimizer.lr=" in first["now"]
+    )
     assert Image.open(found["picture"]).size > (1000, 500)
     if kind == "diverges":
         assert any(each["kind"] == "refuses steps" and each["problem"] for each in found["findings"])
@@ -60,6 +67,41 @@ def test_a_run_that_really_goes_wrong(
     assert f"{tmp_path}: {kind} (completed" in shown and f"since step {first['since']}" in shown and "▁" in shown
     with pytest.raises(UserError, match=kind):
         health.run(tmp_path, picture=False, check=True)
+
+
+SHORT = ["precision=fp32", "steps=60", "optimizer.warmup=0%"]
+ALL_OVER = ["optimizer=sgd", "optimizer.clip=null"]
+OTHERS = [
+    # method, options, verdict, a key of its own that the advice names
+    ("simclr", ["optimizer.lr=0.003"], "fine", ""),
+    ("mae", ["optimizer.lr=0.003"], "fine", ""),
+    ("swav", ["optimizer.lr=0.003"], "fine", ""),
+    ("swav", ["optimizer.lr=0.003", "method.epsilon=50"], "collapse: uniform", "method.epsilon=50.0"),
+    ("simsiam", ["optimizer=sgd", "optimizer.lr=10"], "collapse: features", "method.fix_predictor_lr=True"),
+    ("mae", [*ALL_OVER, "optimizer.lr=100"], "diverges", ""),
+    pytest.param("msn", ["optimizer.lr=0.01", "method.momentum=0.9", "method.mean_entropy_weight=0", "method.sinkhorn=0"],
+                 "collapse: constant", "method.mean_entropy_weight=0.0", marks=pytest.mark.slow),
+    pytest.param("byol", [*ALL_OVER, "optimizer.lr=1000"], "diverges", "", marks=pytest.mark.slow),
+    pytest.param("simclr", [*ALL_OVER, "optimizer.lr=100"], "diverges", "method.temperature=0.1", marks=pytest.mark.slow),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "options", "kind", "key"), OTHERS)
+def test_other_methods(images: Path, tmp_path: Path, method: str, options: list[str], kind: str, key: str) -> None:
+    """Real runs, healthy, made to collapse, and with a learning rate of 100: the advice is in the method's own keys."""
+    config = tiny_config(method, *SHORT, f"data={images}", *options)
+    with contextlib.suppress(UserError):  # steps are refused until it ends
+        selfsup.train(config, out=tmp_path, quiet=True)
+    written = health._config(tmp_path)
+    found = diagnose(read_curves(tmp_path / "metrics.jsonl"))
+    problems = [each.kind for each in found.findings if each.problem and each.kind != "starves for data"]
+    assert problems[:1] == ([] if kind == "fine" else [kind])
+    if kind != "fine":
+        assert key in knobs(kind, written) and key.partition("=")[0] in advice(kind, method)
+        shown = "\n".join(
+            health.lines(tmp_path, None, read_curves(tmp_path / "metrics.jsonl"), found, written, [], None)
+        )
+        assert "method.teacher_temp" not in shown and "method.center_momentum" not in shown
 
 
 class Slow:

@@ -9,12 +9,13 @@ import torch
 
 import selfsup
 from selfsup import methods, schedules
-from selfsup.config import dump
+from selfsup.config import Config, dump
 from selfsup.data import photometric
 from selfsup.data.loader import Loader
 from selfsup.data.sources import open_source
 from selfsup.log import read_metrics
 from selfsup.methods.contract import ViewBatch
+from selfsup.train import _moved_by_forward, _put_back
 from tests.methods.tiny import METHOD_OPTIONS, cli, tiny_config, write_images
 
 pytestmark = pytest.mark.parametrize("name", sorted(methods.METHODS))
@@ -35,7 +36,11 @@ def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(name: str, images: Path, *overrides: str):
     """(method, first batch, values of the schedules after every freeze)."""
-    config = tiny_config(name, f"data={images}", f"data.classes={CLASSES}", "precision=fp32", *overrides)
+    return built(tiny_config(name, f"data={images}", f"data.classes={CLASSES}", "precision=fp32", *overrides))
+
+
+def built(config: Config):
+    """The same of any configuration with batches of 8."""
     config = methods.complete(config)
     method = methods.create(config).train()
     source = open_source(config.data.path, channels=3, config=config.data)
@@ -129,13 +134,13 @@ def test_refused_step_changes_nothing(name: str, images: Path) -> None:
     """A batch of NaN whose step is refused leaves every parameter and persistent buffer bit for bit."""
     method, views, s = build(name, images)
     before = copy.deepcopy(method.state_dict())
-    statistics = [(b, b.clone()) for b in method.buffers()] if method.batch_statistics else []
+    moved = _moved_by_forward(method) if method.batch_statistics else []
+    statistics = [b.clone() for b in moved]
     broken = ViewBatch(
         [torch.full_like(x, torch.nan) for x in views.images], views.positions, views.labels, views.ids, views.step, 8
     )
     assert not torch.isfinite(method(broken, s)["loss"])
-    for buffer, old in statistics:  # as the trainer does
-        buffer.copy_(old)
+    _put_back(moved, statistics, torch.zeros(()))
     method.after_step(s, torch.zeros(()))
     after = method.state_dict()
     assert all(torch.equal(after[k], before[k]) for k in before)
