@@ -193,9 +193,10 @@ def resolve(verb: str, overrides: Iterable[str]) -> ImageSettings:
 
 def model_of(verb: str) -> type[ImageSettings]:
     """The schema of a verb's keys; those that are seldom used have files of their own."""
-    from . import settings_pictures
+    from . import settings_dense, settings_pictures
 
-    return (VERBS | settings_pictures.VERBS)[verb]
+    further = settings_pictures.VERBS | settings_dense.VERBS
+    return (VERBS | further)[verb]
 
 
 def _resolve_augmentations(overrides: list[str]) -> ImageSettings:

@@ -65,6 +65,14 @@ def picture_path(task: str, target: Target, out: Path | None) -> Path:
     return path
 
 
+def beside(task: str, target: Target, out: Path | None) -> Path | None:
+    """The picture of a task whose result is written to `out`, or into the run; None where there is neither."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return out.with_suffix(".png")
+    return picture_path(task, target, None) if target.run is not None else None
+
+
 def said(path: Path) -> dict[str, Any]:
     """Tell where the picture is."""
     print(f"written to {path}")

@@ -23,6 +23,9 @@ EVALUATIONS = {
     "pca": "picture: patch features as colours, one PCA over all images",
     "tsne": "picture: a map of embeddings with thumbnails",
     "neighbors": "picture: images beside their nearest neighbours",
+    "segment-knn": "masks by the nearest patches of other images (data=IMAGES masks=MASKS): mIoU; nothing is trained",
+    "objects": "the main object of each image by tokencut, lost or attention; IoU where there are masks",
+    "propagate": "the first frame's masks carried through a folder of frames (data=FRAMES masks=FIRST): J&F where all have masks",
     "augmentations": "picture: the views that a RECIPE or RUN makes of its first images",
 }
 
