@@ -193,9 +193,9 @@ def resolve(verb: str, overrides: Iterable[str]) -> ImageSettings:
 
 def model_of(verb: str) -> type[ImageSettings]:
     """The schema of a verb's keys; those that are seldom used have files of their own."""
-    from . import settings_dense, settings_pictures
+    from . import settings_dense, settings_pictures, settings_scores
 
-    further = settings_pictures.VERBS | settings_dense.VERBS
+    further = settings_pictures.VERBS | settings_dense.VERBS | settings_scores.VERBS
     return (VERBS | further)[verb]
 
 

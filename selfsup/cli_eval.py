@@ -26,6 +26,11 @@ EVALUATIONS = {
     "segment-knn": "masks by the nearest patches of other images (data=IMAGES masks=MASKS): mIoU; nothing is trained",
     "objects": "the main object of each image by tokencut, lost or attention; IoU where there are masks",
     "propagate": "the first frame's masks carried through a folder of frames (data=FRAMES masks=FIRST): J&F where all have masks",
+    "fewshot": "1, 5, 10 labelled images of each class, many times: mean top-1 and its interval",
+    "retrieval": "are a query's class mates ranked first: mAP",
+    "duplicates": "pairs of images that are nearly the same",
+    "robustness": "k-NN under corruptions of the val images, mild and strong",
+    "layers": "a linear probe on every layer, and the curve",
     "augmentations": "picture: the views that a RECIPE or RUN makes of its first images",
 }
 
