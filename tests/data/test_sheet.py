@@ -93,8 +93,8 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     image = np.asarray(Image.open(made["picture"]))
     assert made["picture"] == "demo_augmentations.png"
     assert image.shape[1] == 4 * 116 + 4 and image.shape[0] == 3 * 116 + 20  # the image, two global views, one local
-    recipe = "method: mae\nviews: {global: {count: 1, size: 32, blur: 0.0, solarize: 0.0}, local: {count: 0}}\ndata: {path: demo}\n"
-    (tmp_path / "r.yaml").write_text(recipe + "backbone: {img_size: 32, patch_size: 8}\n")
+    recipe = "method: mae\ndata: {path: demo}\nviews: {global: {count: 1, size: 32, blur: 0.0, solarize: 0.0}, local: {count: 0}}"
+    (tmp_path / "r.yaml").write_text(recipe + "\nbackbone: {img_size: 32, patch_size: 8}\n")
     assert augmentations.run("r.yaml", ["images=2"], tmp_path / "m.png", views=_views)
     with pytest.raises(UserError, match="demoo"):
         augmentations.run("demoo", [], views=_views)
