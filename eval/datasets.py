@@ -114,8 +114,8 @@ def open_pair(target: Target, settings: FeatureSettings, channels: int | None = 
 
     channels: default: what the target takes. Raises UserError if there is no data, or none of it is labelled.
     """
-    train_spec, val_spec = _specs(target, settings)
-    channels, options = channels or _channels(target, settings, train_spec), _options(target, settings)
+    train_spec, val_spec = specs(target, settings)
+    channels, options = channels or channels_of(target, settings, train_spec), data_options(target, settings)
     train_source = _open(train_spec, channels, options)
     names = train_source.classes
     labels = _labels(train_source, train_spec, settings)
@@ -168,7 +168,7 @@ def align(
     return names, train_labels, moved
 
 
-def _specs(target: Target, settings: FeatureSettings) -> tuple[str, str | None]:
+def specs(target: Target, settings: FeatureSettings) -> tuple[str, str | None]:
     """(train, val or None to split), from the settings first, then from the run."""
     train = settings.eval.train or settings.data.path
     val = settings.eval.val or settings.data.val
@@ -183,7 +183,7 @@ def _specs(target: Target, settings: FeatureSettings) -> tuple[str, str | None]:
     return ("demo:train" if train == "demo" else train), val
 
 
-def _options(target: Target, settings: FeatureSettings) -> DataConfig:
+def data_options(target: Target, settings: FeatureSettings) -> DataConfig:
     base = target.config.data if target.config is not None else DataConfig()
     given = {k: v for k in ("value_range", "max_pixels") if (v := getattr(settings.data, k)) is not None}
     return base.model_copy(update=given)
@@ -193,7 +193,7 @@ def _open(spec: str, channels: int, options: DataConfig) -> Source:
     return open_source(spec, channels=channels, config=options)
 
 
-def _channels(target: Target, settings: FeatureSettings, spec: str) -> int:
+def channels_of(target: Target, settings: FeatureSettings, spec: str) -> int:
     if target.backbone is not None:
         if settings.channels not in (None, target.backbone.in_chans):
             raise UserError(
@@ -202,7 +202,7 @@ def _channels(target: Target, settings: FeatureSettings, spec: str) -> int:
         return target.backbone.in_chans
     if settings.channels is not None:
         return settings.channels
-    return 1 if _grey(_open(spec, 3, _options(target, settings))) else 3
+    return 1 if _grey(_open(spec, 3, data_options(target, settings))) else 3
 
 
 def _grey(source: Source, look_at: int = 16) -> bool:

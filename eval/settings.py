@@ -186,7 +186,25 @@ def resolve(verb: str, overrides: Iterable[str]) -> ImageSettings:
     """The verb's settings from KEY=VALUE words. Raises UserError naming the key and what would be right."""
     if verb == "finetune":
         return _resolve_finetune(list(overrides))
-    return config.validate(VERBS[verb], config.parse_overrides(overrides), where=f"eval {verb}")
+    if verb == "augmentations":
+        return _resolve_augmentations(list(overrides))
+    return config.validate(model_of(verb), config.parse_overrides(overrides), where=f"eval {verb}")
+
+
+def model_of(verb: str) -> type[ImageSettings]:
+    """The schema of a verb's keys; those that are seldom used have files of their own."""
+    from . import settings_dense, settings_pictures, settings_scores
+
+    further = settings_pictures.VERBS | settings_dense.VERBS | settings_scores.VERBS
+    return (VERBS | further)[verb]
+
+
+def _resolve_augmentations(overrides: list[str]) -> ImageSettings:
+    from .settings_pictures import AugmentationsSettings
+
+    given = config.parse_overrides(overrides)
+    own = {key: given.pop(key) for key in ("images",) if key in given}
+    return config.validate(AugmentationsSettings, {**own, "training": given}, where="eval augmentations")
 
 
 def _resolve_finetune(overrides: list[str]) -> FinetuneSettings:

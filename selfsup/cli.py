@@ -127,10 +127,12 @@ def evaluate(
         str, typer.Argument(help="Run, RUN@student, backbone folder or checkpoint; `pixels`; `random:RUN`.")
     ],
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Result file; default RUN/eval/TASK.json.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Result file; default RUN/eval/TASK.json; for pictures RUN/pictures/TASK.png.")
+    ] = None,
     print_config: PrintConfig = False,
 ) -> None:
-    """Evaluate a backbone, or what was trained to tell classes: `selfsup eval knn RUN data=FOLDER`."""
+    """Evaluate a backbone, what was trained to tell classes, or look at features: `selfsup eval knn RUN data=FOLDER`."""
     cli_eval.check(task)
     if print_config:
         from selfsup.eval import settings

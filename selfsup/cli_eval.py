@@ -5,10 +5,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from selfsup.config import Config
 from selfsup.errors import UserError
+
+if TYPE_CHECKING:
+    from selfsup.data.views import View
 
 EVALUATIONS = {
     "knn": "weighted k-nearest neighbours on frozen features (DINO's protocol)",
@@ -16,16 +19,31 @@ EVALUATIONS = {
     "classify": "what was trained to tell classes: top-1, top-5, calibration, confusions; nothing is trained",
     "exits": "each exit of a run of method=byot alone: top-1, operations, parameters",
     "finetune": "the whole backbone trained with labels, then the same figures",
+    "attention": "picture: where each head of a ViT looks",
+    "pca": "picture: patch features as colours, one PCA over all images",
+    "tsne": "picture: a map of embeddings with thumbnails",
+    "neighbors": "picture: images beside their nearest neighbours",
+    "segment-knn": "masks by the nearest patches of other images (data=IMAGES masks=MASKS): mIoU; nothing is trained",
+    "objects": "the main object of each image by tokencut, lost or attention; IoU where there are masks",
+    "propagate": "the first frame's masks carried through a folder of frames (data=FRAMES masks=FIRST): J&F where all have masks",
+    "fewshot": "1, 5, 10 labelled images of each class, many times: mean top-1 and its interval",
+    "retrieval": "are a query's class mates ranked first: mAP",
+    "duplicates": "pairs of images that are nearly the same",
+    "robustness": "k-NN under corruptions of the val images, mild and strong",
+    "layers": "a linear probe on every layer, and the curve",
+    "augmentations": "picture: the views that a RECIPE or RUN makes of its first images",
 }
 
 
 def evaluate(task: str, target: str, overrides: list[str], out: Path | None) -> None:
     """Run a task of EVALUATIONS: its result printed and written."""
-    module: Any = importlib.import_module(f"selfsup.eval.{task}")
+    module: Any = importlib.import_module(f"selfsup.eval.{task.replace('-', '_')}")
     module.run(target, overrides, out, **_handed_in(task))
 
 
 def _handed_in(task: str) -> dict[str, Any]:
+    if task == "augmentations":
+        return {"views": views_of}
     if task not in ("classify", "exits", "finetune"):
         return {}
     from selfsup.methods.load import load_classifiers
@@ -36,6 +54,21 @@ def _handed_in(task: str) -> dict[str, Any]:
 
         given["train"] = lambda config, folder, images: train(config, out=folder, resume=True, dataset=images)
     return given
+
+
+def views_of(config: Config) -> "list[View]":
+    """The views of a configuration's method, for a picture of them."""
+    import torch
+
+    from selfsup import methods
+    from selfsup.data.views import multicrop
+
+    backbone = config.backbone.model_copy(update={"pretrained": False})
+    try:
+        with torch.device("meta"):  # networks of any size, without their weights
+            return methods.create(methods.complete(config.model_copy(update={"backbone": backbone}))).views()
+    except (UserError, RuntimeError, NotImplementedError):  # no teacher, no classes: what only training can tell
+        return multicrop(config.views)
 
 
 def classifying(config: Config, run: Path) -> Callable[[dict[str, Any], int], dict[str, float]] | None:

@@ -317,6 +317,16 @@ class Run:
             except UserError as error:
                 self._problem = self._problem or error
 
+    def draw_views(self, batch: Batch) -> None:
+        """RUN/pictures/augmentations.png: the views of a batch's first images. No run fails for want of it: it is a note."""
+        try:
+            from selfsup.data.sheet import write_sheet  # once a run
+
+            path = self.out / "pictures" / "augmentations.png"
+            write_sheet(path, batch, self.loader.make.groups, self.config.mean, self.config.std)
+        except Exception as error:
+            self.progress.note(f"no picture of the augmentations: {' '.join(str(error).split())[:200]}")
+
     def problem(self) -> BaseException | None:
         """What must stop the run, found on this rank since the last look: a save that failed, too many bad images."""
         return self._problem or self.writer.failed()

@@ -10,7 +10,7 @@ from selfsup.config import Config
 from selfsup.errors import DiskError, UserError
 from selfsup.guard.lease import Lease, holder
 
-FREE = ("workers", "checkpoint", "eval", "stop_at", "log_every", "tensorboard", "hang_timeout", "profile")
+FREE = ("workers", "checkpoint", "eval", "stop_at", "log_every", "tensorboard", "hang_timeout", "profile", "pictures")
 """Keys that may change on resume."""
 
 ANNOUNCED = (

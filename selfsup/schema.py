@@ -455,6 +455,8 @@ class Config(Section):
     log_every: Positive = 10
     tensorboard: bool = True
     """Also write TensorBoard files, if that package is installed."""
+    pictures: bool = True
+    """Draw RUN/pictures/augmentations.png: the first images of the first step, as the network sees them."""
     stop_at: Positive | None = None
     """End early at this step with exit code 75; schedules are left alone."""
     profile: bool = False

@@ -227,6 +227,9 @@ def _loop(
         waited = run.loader.wait_seconds
         batches = next(stream)
         recorder.data_wait(run.loader.wait_seconds - waited)
+        if run.step == 0 and config.pictures and dist.is_main():
+            with recorder.clock_stopped():
+                run.draw_views(batches[0])
         s = evaluate(run.schedules, run.step)
         head_only = run.step < run.head_only_steps
         set_hyperparameters(optimizer, s["lr"], s["wd"], s.get("wd_head"), freeze_backbone=head_only, rates=s)

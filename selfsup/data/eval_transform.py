@@ -31,7 +31,7 @@ def eval_crop(
     height, width = pixel_size(image)
     resample = RESAMPLE[interpolation]
     if not crop:
-        return _resize(image, (size, size), resample)
+        return resized(image, (size, size), resample)
     short = resize if resize is not None else size
     if short < size:
         raise UserError(f"resize={short} is smaller than size={size}; the shorter side must hold the central square")
@@ -39,12 +39,13 @@ def eval_crop(
         new_width, new_height = short, int(short * height / width)
     else:
         new_width, new_height = int(short * width / height), short
-    pixels = _resize(image, (new_width, new_height), resample)
+    pixels = resized(image, (new_width, new_height), resample)
     top, left = round((new_height - size) / 2), round((new_width - size) / 2)
     return pixels[top : top + size, left : left + size]
 
 
-def _resize(image: Pixels, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
+def resized(image: Pixels, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
+    """uint8 [height,width,C] of an image squeezed to size (width, height)."""
     height, width = pixel_size(image)
     if isinstance(image, np.ndarray):
         return resized_array(image, (0, 0, width, height), size, resample)

@@ -11,7 +11,7 @@ from PIL import Image
 from selfsup.backbones import create_backbone
 from selfsup.config import BackboneConfig
 from selfsup.errors import UserError
-from selfsup.eval import curves, pictures
+from selfsup.eval import class_figures, curves, pictures, shown
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -36,8 +36,8 @@ def test_default_folder(run: Path):
 
 def test_one_image_of_every_class_first():
     labels = np.array([0, 0, 0, 1, 1, 2])
-    assert pictures._one_per_class(labels, 4).tolist() == [0, 3, 5, 1]
-    assert pictures._one_per_class(np.zeros(3, dtype=int), 8).tolist() == [0, 1, 2]
+    assert shown.one_per_class(labels, 4).tolist() == [0, 3, 5, 1]
+    assert shown.one_per_class(np.zeros(3, dtype=int), 8).tolist() == [0, 1, 2]
 
 
 def test_convnets_have_a_map_but_no_attention(tmp_path: Path):
@@ -60,8 +60,8 @@ def test_embedding_map_with_and_without_labels(tmp_path: Path):
     b = pictures.embedding_map(features, np.arange(40) % 3, ["0_x", "1_y", "2_z"], tmp_path / "b.png")
     c = pictures.embedding_map(features, np.arange(40), None, tmp_path / "c.png")  # too many classes for a legend
     assert all(pixels(p).std() > 5 for p in (a, b, c))
-    assert pictures.class_name(["0_x", "1_y"], 1) == "y" and pictures.class_name(["cat", "1_y"], 1) == "1_y"
-    assert pictures.class_name(None, 4) == "4"
+    assert class_figures.class_name(["0_x", "1_y"], 1) == "y" and class_figures.class_name(["cat", "1_y"], 1) == "1_y"
+    assert class_figures.class_name(None, 4) == "4"
 
 
 def test_series_reads_nested_keys_gaps_and_text():

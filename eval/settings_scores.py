@@ -1,0 +1,59 @@
+"""Keys of further figures on frozen features: fewshot, retrieval, duplicates, robustness, layers."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from selfsup.config import Positive
+
+from .settings import FeatureSettings, ImageSettings, KnnSettings, Layer, LinearSettings, Many, Pooling
+from .settings_pictures import Few
+
+
+class FewshotSettings(FeatureSettings):
+    """`selfsup eval fewshot`."""
+
+    shots: Annotated[tuple[Positive, ...], Many, Field(min_length=1)] = (1, 5, 10)
+    """Labelled images of each class."""
+    repeats: Annotated[int, Field(ge=2, le=10_000)] = 50
+    """Seeded choices of them."""
+    pooling: Pooling = "pooled"
+    layer: Layer = -1
+
+
+class RetrievalSettings(FeatureSettings):
+    """`selfsup eval retrieval`. The val images are the queries, the training images what is searched."""
+
+    pooling: Pooling = "pooled"
+    layer: Layer = -1
+
+
+class DuplicatesSettings(FeatureSettings):
+    """`selfsup eval duplicates`. Images: `data`, or those the run was trained on; labels are not needed."""
+
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.97
+    """Cosine from which two images are a pair."""
+    k: Positive = 20
+    """At most so many partners of an image are looked at."""
+    images: Few = 12
+    """Pairs shown in the picture."""
+    pooling: Pooling = "pooled"
+    layer: Layer = -1
+
+
+class RobustnessSettings(KnnSettings):
+    """`selfsup eval robustness`: k-NN of clean training images and corrupted val images."""
+
+    k: Annotated[tuple[Positive, ...], Many, Field(min_length=1, max_length=1)] = (20,)
+    temperature: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Many, Field(min_length=1, max_length=1)] = (0.07,)
+    corruptions: Annotated[tuple[str, ...], Many, Field(min_length=1)] | None = None
+    """Names; default: all of them."""
+
+
+VERBS: dict[str, type[ImageSettings]] = {
+    "fewshot": FewshotSettings,
+    "retrieval": RetrievalSettings,
+    "duplicates": DuplicatesSettings,
+    "robustness": RobustnessSettings,
+    "layers": LinearSettings,
+}
