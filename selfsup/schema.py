@@ -455,6 +455,8 @@ class Config(Section):
     log_every: Positive = 10
     tensorboard: bool = True
     """Also write TensorBoard files, if that package is installed."""
+    report: bool = True
+    """Write RUN/report.html when training is done; `selfsup report RUN` writes it at any time."""
     stop_at: Positive | None = None
     """End early at this step with exit code 75; schedules are left alone."""
     profile: bool = False
