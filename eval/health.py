@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from selfsup.columns import Curves, read_curves
-from selfsup.config import parse_yaml
 from selfsup.diagnosis import LEAST, Diagnosis, diagnose
 from selfsup.errors import UserError
 from selfsup.judges import Finding
 from selfsup.remedies import advice, knobs, method_of
 
 from .health_picture import draw
+from .runfacts import remarks_on, stored_config
 
 _WIDTH = 48
 _SPARKS, _PLAIN = "▁▂▃▄▅▆▇█", "_.-~=+*#"
@@ -42,10 +42,10 @@ def run(
     if not log.exists() and not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is no run folder: it has neither config.yaml nor metrics.jsonl")
     curves = read_curves(log)
-    config = _config(folder)
+    config = stored_config(folder)
     row = config.get("max_nonfinite")
     found = diagnose(curves, row if isinstance(row, int) else 10)
-    remarks = _remarks(folder, curves)
+    remarks = remarks_on(folder, curves)
     drawn: Path | None = None
     if picture and len(curves):
         try:
@@ -58,31 +58,6 @@ def run(
         print("\n".join(lines(folder, state, curves, found, config, remarks, drawn, _sparks())))
     if check and found.healthy is False:
         raise UserError(f"{folder}: {found.verdict}")
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """config.yaml as it is; {} if it cannot be read: the curves say enough."""
-    try:
-        return parse_yaml((folder / "config.yaml").read_text(encoding="utf-8"), "config.yaml")
-    except (OSError, ValueError, UserError):
-        return {}
-
-
-def _remarks(folder: Path, curves: Curves) -> list[str]:
-    found = []
-    if curves.broken:
-        found.append(f"{curves.broken} broken line(s) in metrics.jsonl were passed over")
-    left_out = int((curves.columns["left_out"] > 0).sum())
-    if left_out:
-        found.append(f"{left_out} step(s) left out after a spike of the loss")
-    try:
-        with open(folder / "bad_files.jsonl", "rb") as file:
-            bad = sum(1 for _ in file)
-        if bad:
-            found.append(f"{bad} image(s) could not be read and were replaced; see {folder / 'bad_files.jsonl'}")
-    except OSError:
-        pass
-    return found
 
 
 def _object(

@@ -63,6 +63,11 @@ def describe(runs: Sequence[Path]) -> list[RunStatus]:
     return [seen.status(answers, told) for seen in found]
 
 
+def of_folder(run: Path) -> RunStatus:
+    """How a run stands as its folder tells; Slurm is not asked."""
+    return _Seen.look(run).status({}, set())
+
+
 def expand(folder: Path) -> list[Path]:
     """The runs that a folder stands for: itself, those of a sweep, or those in it. Raises UserError for one without."""
     if (own := _runs_of(folder)) is not None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from selfsup import cli_advice, cli_eval, cli_jobs
+from selfsup import cli_advice, cli_eval, cli_jobs, cli_report
 from selfsup import config as configuration
 from selfsup.cli_eval import EVALUATIONS
 from selfsup.errors import EarlyStop, RankLost, UserError
@@ -55,7 +55,10 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     print_config: PrintConfig = False,
 ) -> None:
-    """Train as a recipe says: a plain process, under torchrun, or under SLURM. Exits 75 when stopped early and resumable."""
+    """Train as a recipe says: a plain process, under torchrun, or under SLURM. Exits 75 when stopped early and resumable.
+
+    When it is done, RUN/report.html shows what it did, unless report=false.
+    """
     config = configuration.load(recipe, overrides or [])
     if print_config:
         _print_config(config)
@@ -69,6 +72,7 @@ def train(
     from selfsup import dist
 
     cli_eval.final_table(config, out)
+    cli_report.after_training(result.config, out)
     if dist.is_main():
         with contextlib.suppress(OSError):  # nobody reads it any more: the run is done all the same
             typer.echo(
@@ -207,6 +211,7 @@ def recipes(
 
 cli_jobs.register(app, EVALUATIONS, _periodic)
 cli_advice.register(app)
+cli_report.register(app)
 
 
 def main() -> None:

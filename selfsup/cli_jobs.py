@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from selfsup import cli_eval
+from selfsup import cli_eval, cli_report
 from selfsup.config import Config
 from selfsup.errors import UserError
 
@@ -47,7 +47,10 @@ def register(app: typer.Typer, evaluations: dict[str, str], periodic: Callable[[
             bool, typer.Option("--dry-run", help="Print the exact script and environment; submit and write nothing.")
         ] = False,
     ) -> None:
-        """Train as a job that survives preemption, time limits and lost nodes: Slurm, or this machine."""
+        """Train as a job that survives preemption, time limits and lost nodes: Slurm, or this machine.
+
+        When training is done, RUN/report.html shows what it did, unless report=false.
+        """
         from selfsup.launch.submit import submit as submitting
 
         submitting(
@@ -140,6 +143,7 @@ def _train(config: Config, run: Path, periodic: Callable[[Config, Path], Any]) -
     from selfsup import dist
 
     cli_eval.final_table(config, run)
+    cli_report.after_training(result.config, run)
     if dist.is_main():
         typer.echo(f"done: {result.steps} steps; the backbone is in {run / 'backbone'}")
 

@@ -10,7 +10,10 @@ from selfsup.config import Config
 from selfsup.errors import DiskError, UserError
 from selfsup.guard.lease import Lease, holder
 
-FREE = ("workers", "checkpoint", "eval", "stop_at", "log_every", "tensorboard", "hang_timeout", "profile", "pictures")
+FREE = (
+    *("workers", "checkpoint", "eval", "stop_at", "log_every", "tensorboard", "pictures", "report"),
+    *("hang_timeout", "profile"),
+)
 """Keys that may change on resume."""
 
 ANNOUNCED = (
@@ -86,11 +89,12 @@ def write_config(out: Path, config: Config) -> None:
         raise DiskError(f"{out / 'config.yaml'}: cannot be written: {error.strerror or error}") from None
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optimizer": {"lr": 1}} -> {"optimizer.lr": 1}."""
     out: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            out.update(_flat(value, f"{prefix}{key}."))
+            out.update(flat(value, f"{prefix}{key}."))
         else:
             out[prefix + key] = value
     return out
@@ -107,8 +111,8 @@ def adopt(config: Config, stored: Config) -> Config:
 def check_resume(config: Config, stored: Config) -> list[str]:
     """Announcements of allowed changes; raises UserError for a change that would make it another run."""
     new, old = (
-        _flat(config.model_dump(mode="json", by_alias=True)),
-        _flat(stored.model_dump(mode="json", by_alias=True)),
+        flat(config.model_dump(mode="json", by_alias=True)),
+        flat(stored.model_dump(mode="json", by_alias=True)),
     )
     notes = []
     for key in sorted(new.keys() | old.keys()):

@@ -37,11 +37,11 @@ LEVELS = [
     {"methods", "recipes", "initialise", "replay", "exits", "doctor"},
     {"run", "train"},
     {"eval", "launch"},
-    {"cli", "cli_eval", "cli_jobs", "cli_advice", "demo"},
+    {"cli", "cli_eval", "cli_jobs", "cli_advice", "cli_report", "demo"},
 ]
 LEVEL = {part: n for n, parts in enumerate(LEVELS) for part in parts}
 # may reach eval, launch and the trainer, inside functions only
-LAZY_TOP = {"", "cli", "cli_eval", "cli_jobs", "cli_advice", "demo"}
+LAZY_TOP = {"", "cli", "cli_eval", "cli_jobs", "cli_advice", "cli_report", "demo"}
 NO_TORCH = {
     "",
     "errors",
@@ -52,6 +52,7 @@ NO_TORCH = {
     "cli_eval",
     "cli_jobs",
     "cli_advice",
+    "cli_report",
     "recipes",
     "guard",
     "durable",
