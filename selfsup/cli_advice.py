@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
         ] = 30.0,
         out: Annotated[Path, typer.Option(help="Where the run folder will be: its disk is looked at.")] = Path("runs"),
     ) -> None:
-        """Look at images and at this machine and propose a recipe, with reasons and a command; without DATA the machine alone."""
+        """Look at images and this machine; propose a recipe and others, with reasons and commands; without DATA the machine."""
         from selfsup import doctor as examining
 
         examining.run(data, as_json=as_json, sample=sample, seconds=seconds, out=out)

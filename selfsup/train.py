@@ -52,16 +52,16 @@ class Evaluations:
 
     def figures(self, method: Any) -> list[str] | None:
         """What an evaluation of it will give; None if a part does not tell (it has no `figures`)."""
-        parts = [] if self.backbone is None else [self.backbone]
-        names = list(method.classifiers()) if self.classifiers else []
-        parts += [self.classifiers] if names else []
+        backbone: Any = self.backbone
+        classifiers: Any = self.classifiers
+        names = list(method.classifiers()) if classifiers else []
+        parts = [part for part in (backbone, classifiers if names else None) if part is not None]
         if not all(hasattr(part, "figures") for part in parts):
             return None
-        found: list[str] = self.classifiers.figures(names) if names else []
-        if self.backbone is None:
-            return found
-        own = list(self.backbone.figures)
-        return found + own + [f"{name}/{key}" for name in getattr(method, "further", dict)() for key in own]
+        own = list(backbone.figures) if backbone is not None else []
+        further: Mapping[str, Any] = getattr(method, "further", dict)() if own else {}
+        found = list(classifiers.figures(names)) if names else []
+        return found + own + [f"{name}/{key}" for name in further for key in own]
 
     def __bool__(self) -> bool:
         return self.backbone is not None or self.classifiers is not None
