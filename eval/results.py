@@ -136,8 +136,8 @@ def table(results: Iterable[Mapping[str, Any]], title: str | None = None) -> "Ta
             if column not in columns:
                 columns.append(column)
             text = f"{100 * value:.1f}"
-            if name == "top1" and "top1_interval_95" in protocol:
-                low, high = protocol["top1_interval_95"]
+            if f"{name}_interval_95" in protocol:
+                low, high = protocol[f"{name}_interval_95"]
                 text += f" [dim]({100 * low:.1f}–{100 * high:.1f})[/dim]"
             rows.setdefault(escape(item["target"]["name"]), {})[column] = text
     columns.sort(key=lambda column: (column[0], not column[1].startswith("top"), column[1]))

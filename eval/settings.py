@@ -10,6 +10,8 @@ from selfsup import config
 from selfsup.config import Positive, Probability, Range, Section
 from selfsup.errors import UserError
 
+from . import segment_settings
+
 Pooling = Literal["pooled", "cls", "patchmean", "cls+patchmean"]
 """pooled: what the backbone itself returns; cls: the class token; patchmean: mean over patches or map cells; both."""
 
@@ -173,22 +175,24 @@ class FinetuneSettings(ImageSettings):
     """The recipe `finetune` with the keys of the training laid over it; the backbone and its normalisation are the target's."""
 
 
-VERBS: dict[str, type[ImageSettings]] = {
+VERBS: dict[str, type[Section]] = {
     "knn": KnnSettings,
     "linear": LinearSettings,
     "classify": ClassifySettings,
     "finetune": FinetuneSettings,
     "exits": ExitsSettings,
+    "segment": segment_settings.SegmentSettings,
 }
 
 
-def resolve(verb: str, overrides: Iterable[str]) -> ImageSettings:
+def resolve(verb: str, overrides: Iterable[str]) -> Section:
     """The verb's settings from KEY=VALUE words. Raises UserError naming the key and what would be right."""
     if verb == "finetune":
         return _resolve_finetune(list(overrides))
     if verb == "augmentations":
         return _resolve_augmentations(list(overrides))
-    return config.validate(model_of(verb), config.parse_overrides(overrides), where=f"eval {verb}")
+    short = {**config.SHORT_FORMS, **segment_settings.SHORT_FORMS} if verb == "segment" else config.SHORT_FORMS
+    return config.validate(model_of(verb), config.parse_overrides(overrides, short), where=f"eval {verb}")
 
 
 def model_of(verb: str) -> type[ImageSettings]:

@@ -19,6 +19,8 @@ EVALUATIONS = {
     "classify": "what was trained to tell classes: top-1, top-5, calibration, confusions; nothing is trained",
     "exits": "each exit of a run of method=byot alone: top-1, operations, parameters",
     "finetune": "the whole backbone trained with labels, then the same figures",
+    "segment": "a segmentation head trained on masks=FOLDER (head=linear, multilayer, mlp, upernet or unetr; trunk=frozen or "
+    "finetune): mIoU, Dice, boundary IoU at the masks' own size, and a sheet of pictures",
     "attention": "picture: where each head of a ViT looks",
     "pca": "picture: patch features as colours, one PCA over all images",
     "tsne": "picture: a map of embeddings with thumbnails",

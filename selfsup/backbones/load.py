@@ -20,6 +20,7 @@ from selfsup.backbones.create import OWNED, build, create_backbone, wrap
 from selfsup.backbones.infer import infer
 from selfsup.backbones.keys import HEADS, Branch, State, convert
 from selfsup.backbones.positions import PosInterp, can_choose, resample_tokens
+from selfsup.backbones.pyramid import Pyramid
 from selfsup.errors import UserError
 from selfsup.wording import one_line
 
@@ -27,9 +28,18 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 
 
+@typing.overload
+def load_backbone(target: str | Path, *, pyramid: typing.Literal[True], **options: Any) -> Pyramid: ...
+
+
+@typing.overload
+def load_backbone(target: str | Path, *, pyramid: typing.Literal[False] = False, **options: Any) -> Backbone: ...
+
+
 def load_backbone(
     target: str | Path,
     *,
+    pyramid: bool = False,
     allow_partial: bool = False,
     branch: Branch = "teacher",
     name: str | None = None,
@@ -37,13 +47,14 @@ def load_backbone(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     **timm_options: Any,
-) -> Backbone:
+) -> Backbone | Pyramid:
     """A backbone in eval() mode, on the CPU, with the weights of `target`.
 
     target: a run folder, a checkpoint folder, an exported (or any timm) folder, a .safetensors file, or a .pth file of
     dino, dinov2 or timm; `RUN@student` is short for branch="student". name: the timm architecture, where the file
     does not tell. pos_interp, mean, std: default to what was recorded, else to what the project of the file's layout
     used. timm_options: win over what was recorded; another `img_size` resamples the position embedding.
+    pyramid: maps of strides 4, 8, 16 and 32 as the output (see `selfsup.backbones.pyramid`), also of a ViT.
 
     Prints the matched tensors, n/m, on stderr; m counts those of the model and those of the file that are neither in
     the model nor of a head. Raises UserError when n < m, unless `allow_partial` (n = 0 never passes), and for targets
@@ -56,7 +67,7 @@ def load_backbone(
         source = _open(path, branch)
         backbone = source.build(name, given, timm_options)
         _load(backbone, source, str(target), allow_partial)
-    return backbone.eval()
+    return Pyramid(backbone).eval() if pyramid else backbone.eval()
 
 
 def load_into(

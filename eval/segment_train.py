@@ -1,0 +1,187 @@
+"""Training of a segmentation head, on a frozen trunk or with it."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from selfsup.config import OptimizerConfig
+from selfsup.data.workers import items
+from selfsup.errors import UserError
+from selfsup.losses.segmentation import focal, pixel_cross_entropy, soft_dice
+from selfsup.optim import clip_gradients, create_optimizer, parameter_groups, set_hyperparameters
+from selfsup.schedules import Plan, learning_rate
+
+from .progress import Progress
+from .segment_crops import Crops
+from .segment_heads import Trunk
+from .segment_settings import SegmentLoss, SegmentSettings
+
+_CACHE_BYTES = 2 << 30
+
+
+class Segmenter(nn.Module):
+    """A trunk and a head: normalised images [B, C, H, W] -> logits [B, K, h, w] of the head's own size."""
+
+    def __init__(self, trunk: Trunk, head: nn.Module, frozen: bool) -> None:
+        super().__init__()
+        self.trunk, self.head, self.frozen = trunk, head, frozen
+        self.trunk.requires_grad_(not frozen)
+
+    def train(self, mode: bool = True) -> "Segmenter":
+        """A frozen trunk stays in eval mode: its batch statistics do not move."""
+        super().train(mode)
+        if self.frozen:
+            self.trunk.eval()
+        return self
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """What the head reads."""
+        with torch.no_grad() if self.frozen else contextlib.nullcontext():
+            return self.trunk(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.maps(images), images)
+
+
+def segmentation_loss(logits: Tensor, masks: Tensor, loss: SegmentLoss, weights: Tensor | None) -> Tensor:
+    """The weighted sum that `loss` says. logits [B, K, h, w] are interpolated to the masks int64 [B, H, W]."""
+    logits = F.interpolate(logits.float(), size=masks.shape[-2:], mode="bilinear", align_corners=False)
+    total = logits.new_zeros(())
+    if loss.ce:
+        total = total + loss.ce * pixel_cross_entropy(logits, masks, weights)
+    if loss.focal:
+        total = total + loss.focal * focal(logits, masks, loss.gamma, weights)
+    if loss.dice:
+        total = total + loss.dice * soft_dice(logits, masks, weights)
+    return total
+
+
+def class_weights(settings: SegmentSettings, pixels: np.ndarray) -> Tensor | None:
+    """float32 [K], or None. pixels: of each class in the training masks."""
+    given = settings.class_weights
+    if given == "none":
+        return None
+    if given == "balanced":
+        share = pixels / pixels.sum()
+        there = share[share > 0]
+        return torch.tensor(np.where(share > 0, np.median(there) / np.maximum(share, 1e-12), 0.0), dtype=torch.float32)
+    assert not isinstance(given, str)
+    if len(given) != len(pixels):
+        raise UserError(f"class_weights: {len(given)} for {len(pixels)} classes; give one a class, or 'balanced'")
+    if not any(given):
+        raise UserError("class_weights: all are 0")
+    return torch.tensor(given, dtype=torch.float32)
+
+
+def steps_of(settings: SegmentSettings, images: int) -> int:
+    """As given, else 40 epochs and at least 300 steps."""
+    if settings.steps is not None:
+        return settings.steps
+    epochs = settings.epochs if settings.epochs is not None else 40
+    least = 1 if settings.epochs is not None else 300
+    return max(least, round(epochs * images / settings.batch))
+
+
+class Normalise:
+    """uint8 [B, H, W, C] -> float32 [B, C, H, W] on the device, as the backbone takes it."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+        self.mean, self.std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (mean, std))
+        self.device = device
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return (pixels.to(self.device).permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+
+
+def train_head(
+    model: Segmenter, crops: Crops, settings: SegmentSettings, weights: Tensor | None, normalise: Normalise
+) -> dict[str, Any]:
+    """Train in place; returns what a result says of it. Raises UserError if the loss is not finite."""
+    device = normalise.device
+    steps = steps_of(settings, len(crops.pairs))
+    peak = settings.lr or (1e-3 if model.frozen else 1e-4)
+    config = OptimizerConfig(
+        lr=peak, min_lr=0.0, warmup=settings.warmup, weight_decay=settings.weight_decay, weight_decay_end=None
+    )
+    decay = 1.0 if model.frozen else settings.layer_decay
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = create_optimizer(config, parameter_groups(named, layer_decay=decay), peak)
+    rate = learning_rate(config, peak, Plan(steps, len(crops.pairs), settings.batch))
+    weights = None if weights is None else weights.to(device)
+    cache = _cached(model, crops, settings, normalise) if model.frozen and not settings.augment else None
+    source = (
+        _from_cache(crops, cache, steps, normalise) if cache else _from_files(model, crops, settings, steps, normalise)
+    )
+    amp = torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bf16")
+    progress, losses = Progress(steps, f"training head={settings.head}, steps"), []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(settings.seed)  # dropout
+        model.train()
+        for step, (images, maps, masks) in enumerate(source):
+            with amp:
+                logits = model(images) if maps is None else model.head(maps, images)
+            loss = segmentation_loss(logits, masks, settings.loss, weights)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            clip_gradients([p for _, p in named], settings.clip, "global")
+            set_hyperparameters(optimizer, rate(step), settings.weight_decay)
+            optimizer.step()
+            if step % 10 == 0 or step == steps - 1:
+                losses.append(float(loss.detach()))
+                if not np.isfinite(losses[-1]):
+                    raise UserError(
+                        f"step {step}: the loss is {losses[-1]}; try a smaller lr (it is {peak:g}), or precision=fp32"
+                    )
+            progress.advance(1, f"loss {losses[-1]:.4f}")
+    progress.close(f"loss {losses[-1]:.4f}")
+    model.eval()
+    return {"steps": steps, "lr": peak, "final_loss": round(losses[-1], 5), "cached_features": cache is not None}
+
+
+Batch = tuple[Tensor, list[Tensor] | None, Tensor]
+
+
+def _from_files(
+    model: Segmenter, crops: Crops, settings: SegmentSettings, steps: int, normalise: Normalise
+) -> Iterator[Batch]:
+    with closing(items(crops, 0, steps, workers=settings.workers)) as made:
+        for pixels, masks in made:
+            yield normalise(pixels), None, masks.to(normalise.device).long()
+
+
+@torch.no_grad()
+def _cached(
+    model: Segmenter, crops: Crops, settings: SegmentSettings, normalise: Normalise
+) -> list[tuple[Tensor, list[Tensor], Tensor]] | None:
+    """(pixels, maps, mask) of every image, since without augmentation each step sees the same; None if that is too much."""
+    out: list[tuple[Tensor, list[Tensor], Tensor]] = []
+    progress = Progress(len(crops.pairs), "features of training images")
+    model.eval()
+    for first in range(0, len(crops.pairs), settings.batch):
+        rows = range(first, min(first + settings.batch, len(crops.pairs)))
+        made = [crops.one(0, i) for i in rows]
+        pixels = torch.from_numpy(np.stack([m[0] for m in made]))
+        maps = [m.cpu() for m in model.maps(normalise(pixels))]
+        size = sum(m[0].numel() * m.element_size() for m in maps)
+        if size * len(crops.pairs) > _CACHE_BYTES:
+            return None
+        out += [(pixels[k], [m[k].clone() for m in maps], torch.from_numpy(made[k][1])) for k in range(len(made))]
+        progress.advance(len(made))
+    progress.close()
+    return out
+
+
+def _from_cache(
+    crops: Crops, cache: list[tuple[Tensor, list[Tensor], Tensor]], steps: int, normalise: Normalise
+) -> Iterator[Batch]:
+    for step in range(steps):
+        rows = [cache[i] for i in crops.numbers(step)]
+        maps = [torch.stack(level).to(normalise.device) for level in zip(*(row[1] for row in rows))]
+        masks = torch.stack([row[2] for row in rows]).to(normalise.device).long()
+        yield normalise(torch.stack([row[0] for row in rows])), maps, masks
