@@ -124,9 +124,9 @@ def _default_folder(recipe: str, resume: bool) -> Path:
     return folder
 
 
-@app.command(name="eval")
+@app.command(name="eval", epilog=cli_eval.described())
 def evaluate(
-    task: Annotated[str, typer.Argument(help="; ".join(f"{k}: {v}" for k, v in EVALUATIONS.items()) + ".")],
+    task: Annotated[str, typer.Argument(help="One of those below.")],
     target: Annotated[
         str, typer.Argument(help="Run, RUN@student, backbone folder or checkpoint; `pixels`; `random:RUN`.")
     ],

@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,6 +112,15 @@ def _learns_classes(config: Config) -> bool:
     from selfsup import methods
 
     return getattr(methods.find(config.method.name), "labels", "unused") != "unused"
+
+
+def described() -> str:
+    """The tasks for a help page, one a paragraph, each line kept as it is."""
+    rows = []
+    for task, text in EVALUATIONS.items():
+        first, *more = textwrap.wrap(text, 64)
+        rows.append("\n".join([f"{task:14}{first}", *(" " * 14 + line for line in more)]))
+    return "\b\nTasks:\n" + "\n".join(rows)
 
 
 def check(task: str) -> None:
