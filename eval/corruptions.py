@@ -35,7 +35,7 @@ def _impulse_noise(x: np.ndarray, share: float, rng: np.random.Generator) -> np.
 
 
 def _defocus_blur(x: np.ndarray, radius: float, rng: np.random.Generator) -> np.ndarray:
-    r = max(1.0, radius * len(x) / 224)
+    r = radius * len(x) / 224 + 0.5  # half a pixel more, so that the smallest images are blurred too
     offsets = np.arange(-int(np.ceil(r)), int(np.ceil(r)) + 1)
     disk = np.clip(r + 0.5 - np.hypot(offsets[:, None], offsets), 0, 1)
     return _filtered(x, disk)

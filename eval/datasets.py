@@ -14,7 +14,7 @@ from selfsup.data.split import split
 from selfsup.errors import UserError
 from selfsup.randomness import generator
 
-from .settings import FeatureSettings
+from .settings import FeatureSettings, ImageSettings
 from .targets import Target
 
 _CHOICE = 0xC401CE  # keeps these draws apart from other uses of the same seed
@@ -183,7 +183,7 @@ def specs(target: Target, settings: FeatureSettings) -> tuple[str, str | None]:
     return ("demo:train" if train == "demo" else train), val
 
 
-def data_options(target: Target, settings: FeatureSettings) -> DataConfig:
+def data_options(target: Target, settings: ImageSettings) -> DataConfig:
     base = target.config.data if target.config is not None else DataConfig()
     given = {k: v for k in ("value_range", "max_pixels") if (v := getattr(settings.data, k)) is not None}
     return base.model_copy(update=given)

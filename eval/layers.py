@@ -67,5 +67,6 @@ def draw(result: dict[str, Any], path: Path) -> Path:
     title = f"linear probe per layer, held-out training images (%); chosen: layer {p['layer']}, {top1:.1f} % on val"
     panel(axes, title, lines, marks=True, span=10.0)
     axes.set_xticks(range(max(row["layer"] for row in rows) + 1))
+    axes.set_xlim(left=-0.3)
     axes.set_xlabel("layer", fontsize=8)
     return save(figure, path)

@@ -115,7 +115,7 @@ def finder(
         (lambda x: keys_of(backbone, x)) if kind == "keys" else (lambda x: _centred(maps_of(backbone, x, layer or 0)))
     )
     cut = (lambda f: tokencut(f, settings.tau)) if settings.by == "tokencut" else (lambda f: lost(f, settings.k))
-    how = {"features": kind, **({"layer": layer} if kind == "output" else {})}
+    how: dict[str, Any] = {"features": kind, **({"layer": layer} if kind == "output" else {})}
     how |= {"tau": settings.tau} if settings.by == "tokencut" else {"k": settings.k}
     return lambda x: [cut(one) for one in features(x)], how
 

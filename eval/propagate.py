@@ -171,7 +171,7 @@ def propagate(
     start = maps_of(backbone, frame(source, 0, size, backbone), layer)[0]  # [h, w, D]
     objects = [0, *np.unique(first[first > 0]).tolist()]
     one_hot = torch.from_numpy(np.stack([first == o for o in objects]).astype(np.float32))  # [O, H, W]
-    labels = F.adaptive_avg_pool2d(one_hot[None], start.shape[:2])[0].permute(1, 2, 0)  # [h, w, O]
+    labels = F.adaptive_avg_pool2d(one_hot[None], (start.shape[0], start.shape[1]))[0].permute(1, 2, 0)  # [h, w, O]
     before: deque[tuple[Tensor, Tensor]] = deque(maxlen=settings.context)
     for i in range(1, len(source)):
         features = maps_of(backbone, frame(source, i, size, backbone), layer)[0]

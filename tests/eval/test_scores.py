@@ -87,8 +87,8 @@ def test_duplicates_are_found_among_unlabelled_images(train_folder: Path, tmp_pa
 @pytest.mark.parametrize("channels", [1, 3])
 def test_corruptions(name: str, channels: int):
     """The same twice; the strong one changes more; nothing but the image and the generator counts."""
-    ramp = np.linspace(20, 230, 32)
-    image = np.repeat(((ramp[:, None] + 60 * (np.arange(32) // 4 % 2)) / 1.2)[:, :, None], channels, axis=2).astype(
+    ramp = np.linspace(20, 230, 28)
+    image = np.repeat(((ramp[:, None] + 60 * (np.arange(28) // 4 % 2)) / 1.2)[:, :, None], channels, axis=2).astype(
         np.uint8
     )
     before = image.copy()
