@@ -456,7 +456,7 @@ class Config(Section):
     tensorboard: bool = True
     """Also write TensorBoard files, if that package is installed."""
     report: bool = True
-    """Write RUN/report.html when training is done; `selfsup report RUN` writes it at any time."""
+    """The command writes RUN/report.html when training is done; `selfsup report RUN` writes it at any time."""
     stop_at: Positive | None = None
     """End early at this step with exit code 75; schedules are left alone."""
     profile: bool = False
