@@ -458,7 +458,7 @@ class Config(Section):
     pictures: bool = True
     """Draw RUN/pictures/augmentations.png: the first images of the first step, as the network sees them."""
     report: bool = True
-    """Write RUN/report.html when training is done; `selfsup report RUN` writes it at any time."""
+    """The command writes RUN/report.html when training is done; `selfsup report RUN` writes it at any time."""
     stop_at: Positive | None = None
     """End early at this step with exit code 75; schedules are left alone."""
     profile: bool = False

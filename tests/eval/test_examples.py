@@ -1,0 +1,85 @@
+"""Each file in examples/, run as a person runs it, on real silhouettes; and the entry of torch.hub."""
+
+import re
+import runpy
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.eval.conftest import CLASSES, DEMO
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture(scope="module")
+def silhouettes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trousers and bags of the bundled photographs, and masks: 1 or 2 where there is cloth, 0 elsewhere."""
+    folder = tmp_path_factory.mktemp("silhouettes")
+    (folder / "images").mkdir()
+    (folder / "masks").mkdir()
+    with zipfile.ZipFile(DEMO) as archive:
+        names = sorted(n for n in archive.namelist() if n.endswith(".png"))
+        for label, kind in enumerate((CLASSES[0], CLASSES[2]), 1):
+            for i, name in enumerate([n for n in names if n.split("/")[-2] == kind][:32]):
+                target = folder / "images" / f"{i:03}-{kind}.png"
+                target.write_bytes(archive.read(name))
+                pixels = np.array(Image.open(target).convert("L"))
+                Image.fromarray(((pixels > 24) * label).astype(np.uint8)).save(folder / "masks" / target.name)
+    return folder
+
+
+def example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, *words: object) -> str:
+    """What it prints."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # as for `python examples/NAME`
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def figure(text: str) -> float:
+    found = re.search(r"(?:mIoU|best box) (\d\.\d+)", text)
+    assert found, text
+    return float(found[1])
+
+
+def test_all_of_them_are_tested_and_short() -> None:
+    here = Path(__file__).read_text()
+    files = sorted(EXAMPLES.glob("*.py"))
+    assert len(files) == 2
+    for path in files:
+        assert f'"{path.name}"' in here and path.name in (EXAMPLES / "README.md").read_text()
+        assert len(path.read_text().splitlines()) <= 120
+    assert "main(*sys.argv[1:])" in (EXAMPLES / "segmentation.py").read_text()
+
+
+def test_segmentation(run: Path, silhouettes: Path, monkeypatch, capsys) -> None:
+    """A linear layer on the features of six steps of training finds the cloth; an untrained one does not."""
+    trained = figure(example(monkeypatch, capsys, "segmentation.py", run, silhouettes))
+    untrained = figure(example(monkeypatch, capsys, "segmentation.py", run, silhouettes, 0))
+    assert trained > 0.5 and trained > untrained + 0.2, (trained, untrained)
+
+
+@pytest.mark.slow
+def test_detection(run: Path, silhouettes: Path, monkeypatch, capsys) -> None:
+    trained = figure(example(monkeypatch, capsys, "detection.py", run, silhouettes, 40))
+    assert trained > 0.5, trained
+
+
+def test_torch_hub(run: Path, tmp_path: Path) -> None:
+    """In a process of its own, from another folder, with the checkout's path alone."""
+    code = (
+        "import sys, torch\n"
+        "model = torch.hub.load(sys.argv[1], 'backbone', sys.argv[2], source='local', trust_repo=True)\n"
+        "assert 'Features' in type(model(torch.zeros(2, 1, 28, 28))).__name__ and not model.training\n"
+        "print(tuple(model(torch.zeros(2, 1, 28, 28)).pooled.shape))\n"
+    )
+    words = [sys.executable, "-c", code, str(ROOT), str(run)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split("\n")[-2] == "(2, 24)"
