@@ -222,7 +222,8 @@ def _names(layout: Layout, settings: SegmentSettings) -> tuple[list[str] | None,
 
 def _count_of(found: Iterable[list[Any]], ignore: int | None, reduce: bool, parts: tuple[Pairs, Pairs]) -> int:
     """The largest id + 1; more than 255, or black and white alone, is asked about."""
-    largest, where, seen = -1, parts[0].masks[0], set()
+    largest, where = -1, parts[0].masks[0]
+    seen: set[int] = set()
     for rows, pairs in zip(found, parts):
         for path, (values, _) in zip(pairs.masks, rows):
             seen.update(int(v) for v in values)

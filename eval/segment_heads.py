@@ -10,6 +10,7 @@ unetr       that of UNETR (Hatamizadeh et al., 2022, section 3.1) in two dimensi
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,10 +50,9 @@ def trunk_layers(backbone: Backbone, head: str) -> list[int]:
         raise UserError(f"head={head}: {backbone.name} does not give intermediate layers")
     if head == "linear":
         return [depth - 1]
-    if (
-        head == "multilayer"
-    ):  # not the stems of stride 2 that some nets count: they would make every map four times as large
-        fit = [i for i in range(depth) if backbone.model.feature_info[i]["reduction"] >= 4]  # type: ignore[union-attr,index]
+    if head == "multilayer":  # without the stems of stride 2 that some nets count: maps would be four times as large
+        info: Any = backbone.model.feature_info
+        fit = [i for i in range(depth) if info[i]["reduction"] >= 4]
         return fit[-4:] or [depth - 1]
     if head in ("mlp", "upernet"):
         return pyramid_layers(backbone)
@@ -66,8 +66,8 @@ def trunk_layers(backbone: Backbone, head: str) -> list[int]:
 
 
 def _plain_vit(backbone: Backbone) -> bool:
-    info = backbone.model.feature_info  # type: ignore[union-attr]
-    return hasattr(backbone.model, "num_prefix_tokens") and len({row["reduction"] for row in info}) == 1  # type: ignore[union-attr]
+    info: Any = backbone.model.feature_info
+    return hasattr(backbone.model, "num_prefix_tokens") and len({row["reduction"] for row in info}) == 1
 
 
 def create_head(

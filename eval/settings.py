@@ -195,7 +195,7 @@ def resolve(verb: str, overrides: Iterable[str]) -> Section:
     return config.validate(model_of(verb), config.parse_overrides(overrides, short), where=f"eval {verb}")
 
 
-def model_of(verb: str) -> type[ImageSettings]:
+def model_of(verb: str) -> type[Section]:
     """The schema of a verb's keys; those that are seldom used have files of their own."""
     from . import settings_dense, settings_pictures, settings_scores
 

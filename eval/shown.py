@@ -38,7 +38,7 @@ class Shown:
 
 def begin(task: str, target: str, overrides: list[str], out: Path | None) -> tuple[Any, Target, Path]:
     """(settings, opened target, the picture's file) of a verb. Raises UserError before any work is done."""
-    settings = resolve(task, overrides)
+    settings: Any = resolve(task, overrides)
     check_picture(out)
     opened = open_target(target, device=settings.device)
     return settings, opened, picture_path(task, opened, out)

@@ -149,19 +149,21 @@ def evaluate(
 @app.command()
 def export(
     target: Annotated[str, typer.Argument(help="Run, RUN@student, RUN@exit2, backbone folder or checkpoint.")],
-    out: Annotated[Path, typer.Argument(help="Folder (timm) or file (onnx) to write.")],
-    format: Annotated[str, typer.Option(help="timm or onnx.")] = "timm",
+    out: Annotated[Path, typer.Argument(help="Folder (timm) or file (onnx, torch) to write.")],
+    format: Annotated[str, typer.Option(help="timm, onnx, or torch (torch.export, .pt2).")] = "timm",
 ) -> None:
-    """Write a backbone for others: a folder that timm.create_model("local-dir:OUT", pretrained=True) loads, or ONNX.
+    """Write a backbone for others: a folder that timm.create_model("local-dir:OUT", pretrained=True) loads, ONNX, or a .pt2 file.
 
     RUN@exit2: an exit of a run of method=byot, with the stages before it alone; selfsup.load_exit(OUT) loads it.
     """
-    if format not in ("timm", "onnx"):
-        raise UserError(f"--format {format!r}: known are timm and onnx")
+    if format not in ("timm", "onnx", "torch"):
+        raise UserError(f"--format {format!r}: known are timm, onnx and torch")
     run, at, part = target.rpartition("@")
     if at and part not in ("student", "teacher") and not Path(target).exists():
         from selfsup.exits import export_target
 
+        if format == "torch":
+            raise UserError(f"{target}: an exit is written as timm or onnx; --format torch takes whole backbones")
         typer.echo(export_target(run, part, out, format))
         return
     from selfsup.backbones import export as exporting
@@ -175,7 +177,9 @@ def export(
             f'{out}: timm.create_model("local-dir:{out}", pretrained=True); largest difference to ours {difference:g}'
         )
     else:
-        difference = exporting.export_onnx(backbone, out)
+        from selfsup.backbones.program import export_program
+
+        difference = export_program(backbone, out) if format == "torch" else exporting.export_onnx(backbone, out)
         typer.echo(f"{out}: largest difference to ours {difference:.2e}")
 
 

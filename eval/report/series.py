@@ -105,7 +105,8 @@ def _alone(chart: Chart, name: str) -> str:
 def _evaluations(stories: Sequence[Story]) -> list[Chart]:
     """One chart of all figures that are fractions of 1, in percent; one for each of the others."""
     names = sorted({name for story in stories for name in story.curves.evaluations}, key=lambda name: (len(name), name))
-    shares, others = [], []
+    shares: list[str] = []
+    others: list[str] = []
     for name in names[:_MOST_EVALUATIONS]:
         values = [v for story in stories for _, v in story.curves.evaluations.get(name, ())]
         (shares if all(0 <= v <= 1 for v in values) else others).append(name)

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import selfsup
 from tests.eval.conftest import CLASSES, DEMO
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +53,7 @@ def figure(text: str) -> float:
 def test_all_of_them_are_tested_and_short() -> None:
     here = Path(__file__).read_text()
     files = sorted(EXAMPLES.glob("*.py"))
-    assert len(files) == 2
+    assert len(files) == 4
     for path in files:
         assert f'"{path.name}"' in here and path.name in (EXAMPLES / "README.md").read_text()
         assert len(path.read_text().splitlines()) <= 120
@@ -69,6 +71,31 @@ def test_segmentation(run: Path, silhouettes: Path, monkeypatch, capsys) -> None
 def test_detection(run: Path, silhouettes: Path, monkeypatch, capsys) -> None:
     trained = figure(example(monkeypatch, capsys, "detection.py", run, silhouettes, 40))
     assert trained > 0.5, trained
+
+
+@pytest.mark.slow
+def test_smp_decoder(run: Path, silhouettes: Path, monkeypatch, capsys) -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    trained = figure(example(monkeypatch, capsys, "smp_decoder.py", run / "backbone", silhouettes, 30))
+    assert trained > 0.6, trained
+
+
+def test_features(run: Path, silhouettes: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Both files hold the same, and it is what the backbone gives."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    images = silhouettes / "images"
+    said = example(monkeypatch, capsys, "features.py", run, images, tmp_path / "f.parquet")
+    assert "64 images, 24 numbers each" in said
+    example(monkeypatch, capsys, "features.py", run, images, tmp_path / "f.npy")
+    array, names = np.load(tmp_path / "f.npy", allow_pickle=False), (tmp_path / "f.txt").read_text().split()
+    table = parquet.read_table(tmp_path / "f.parquet")
+    assert table["path"].to_pylist() == names == sorted(p.name for p in images.iterdir())
+    np.testing.assert_array_equal(np.array(table["feature"].to_pylist(), dtype=np.float32), array)
+    model = selfsup.load_backbone(run)
+    pixels = np.array(Image.open(images / names[5]).convert("L"), dtype=np.float32)[None, None] / 255
+    with torch.no_grad():
+        expected = model((torch.from_numpy(pixels) - model.mean[0]) / model.std[0]).pooled
+    np.testing.assert_allclose(array[5], expected[0].numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_torch_hub(run: Path, tmp_path: Path) -> None:
