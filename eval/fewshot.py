@@ -13,12 +13,9 @@ from selfsup import dist
 from selfsup.randomness import generator
 
 from . import results
-from .datasets import labelled_only, open_pair
-from .features import extract, transform_for
-from .poolings import Request
+from .labelled import labelled_features
 from .settings import resolve
 from .settings_scores import FewshotSettings
-from .targets import open_target
 
 _CHOICE = 0xFE5  # keeps these draws apart from other uses of the same seed
 
@@ -27,18 +24,10 @@ def run(target: str, overrides: list[str], out: Path | None = None) -> dict[str,
     """Print the result, write it to `out` or RUN/eval/fewshot.json."""
     settings = resolve("fewshot", overrides)
     assert isinstance(settings, FewshotSettings)
-    results.check_destination(out)
-    opened = open_target(target, device=settings.device)
-    pair, left_out = labelled_only(open_pair(opened, settings))
-    request = Request(settings.pooling, settings.layer)
-    transform = transform_for(opened, pair.train, settings)
-    train = extract(opened, pair.train, settings, [request], transform, what="train features")
-    val = extract(opened, pair.val, settings, [request], transform, what="val features")
+    found = labelled_features(target, settings, out)
     if not dist.is_main():
         return {}
-    readable = train.readable(request), val.readable(request)
-    bank, queries = np.asarray(train.array(request))[readable[0]], np.asarray(val.array(request))[readable[1]]
-    labels, truth = pair.train_labels[readable[0]], pair.val_labels[readable[1]]
+    bank, labels, queries, truth = found.arrays()
     mean = bank.mean(axis=0, dtype=np.float64)
     bank, queries = unit(bank - mean), unit(queries - mean)
     table, metrics = [], {}
@@ -58,19 +47,12 @@ def run(target: str, overrides: list[str], out: Path | None = None) -> dict[str,
         "shots": list(settings.shots),
         "repeats": settings.repeats,
         "interval": "95 % of the mean over the repeats, by Student's t",
-        "pooling": request.pooling,
-        "layer": request.layer,
-        "unlabelled_left_out": left_out,
-        "unreadable_left_out": {"train": int((~readable[0]).sum()), "val": int((~readable[1]).sum())},
-        **train.protocol,
-        **pair.protocol,
-        "seed": settings.seed,
-        "versions": results.versions(),
+        **found.protocol(settings.seed),
     }
     if smallest < max(settings.shots):
         protocol["note"] = f"a class has only {smallest} training images: of such a class all are used"
-    result = results.result("fewshot", opened, metrics, protocol, table)
-    results.save(result, opened, out)
+    result = results.result("fewshot", found.target, metrics, protocol, table)
+    results.save(result, found.target, out)
     results.show(result, out)
     return result
 

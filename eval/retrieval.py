@@ -11,13 +11,10 @@ from selfsup import dist
 from selfsup.errors import UserError
 
 from . import results
-from .datasets import labelled_only, open_pair
-from .features import extract, transform_for
-from .poolings import Request
+from .labelled import labelled_features
 from .progress import Progress
 from .settings import resolve
 from .settings_scores import RetrievalSettings
-from .targets import open_target
 
 _FIRST = (1, 5, 10)
 _BYTES = 256 << 20
@@ -27,35 +24,18 @@ def run(target: str, overrides: list[str], out: Path | None = None) -> dict[str,
     """Print the result, write it to `out` or RUN/eval/retrieval.json."""
     settings = resolve("retrieval", overrides)
     assert isinstance(settings, RetrievalSettings)
-    results.check_destination(out)
-    opened = open_target(target, device=settings.device)
-    pair, left_out = labelled_only(open_pair(opened, settings))
-    request = Request(settings.pooling, settings.layer)
-    transform = transform_for(opened, pair.train, settings)
-    gallery = extract(opened, pair.train, settings, [request], transform, what="gallery features")
-    queries = extract(opened, pair.val, settings, [request], transform, what="query features")
+    found = labelled_features(target, settings, out, ("gallery", "query"))
     if not dist.is_main():
         return {}
-    readable = gallery.readable(request), queries.readable(request)
-    metrics, without = measure(
-        np.asarray(gallery.array(request))[readable[0]], pair.train_labels[readable[0]],
-        np.asarray(queries.array(request))[readable[1]], pair.val_labels[readable[1]],
-    )  # fmt: skip
+    metrics, without = measure(*found.arrays())
     protocol = {
         "ranking": "cosine, of equal ones the lower index first; the whole gallery is ranked",
         "metric": "map: mean over queries of the average precision; hit_k: an image of the class among the first k",
         "queries_without_a_match": without,
-        "pooling": request.pooling,
-        "layer": request.layer,
-        "unlabelled_left_out": left_out,
-        "unreadable_left_out": {"train": int((~readable[0]).sum()), "val": int((~readable[1]).sum())},
-        **gallery.protocol,
-        **pair.protocol,
-        "seed": settings.seed,
-        "versions": results.versions(),
+        **found.protocol(settings.seed),
     }
-    result = results.result("retrieval", opened, metrics, protocol)
-    results.save(result, opened, out)
+    result = results.result("retrieval", found.target, metrics, protocol)
+    results.save(result, found.target, out)
     results.show(result, out)
     return result
 

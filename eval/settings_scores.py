@@ -10,22 +10,24 @@ from .settings import FeatureSettings, ImageSettings, KnnSettings, Layer, Linear
 from .settings_pictures import Few
 
 
-class FewshotSettings(FeatureSettings):
+class LabelledSettings(FeatureSettings):
+    """Of evaluations that compare one kind of features of labelled images."""
+
+    pooling: Pooling = "pooled"
+    layer: Layer = -1
+
+
+class FewshotSettings(LabelledSettings):
     """`selfsup eval fewshot`."""
 
     shots: Annotated[tuple[Positive, ...], Many, Field(min_length=1)] = (1, 5, 10)
     """Labelled images of each class."""
     repeats: Annotated[int, Field(ge=2, le=10_000)] = 50
     """Seeded choices of them."""
-    pooling: Pooling = "pooled"
-    layer: Layer = -1
 
 
-class RetrievalSettings(FeatureSettings):
+class RetrievalSettings(LabelledSettings):
     """`selfsup eval retrieval`. The val images are the queries, the training images what is searched."""
-
-    pooling: Pooling = "pooled"
-    layer: Layer = -1
 
 
 class DuplicatesSettings(FeatureSettings):
