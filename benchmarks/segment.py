@@ -1,6 +1,7 @@
 """Does DINO help a frozen linear segmentation head? On composed pictures, against the same net at its random start.
 
     python benchmarks/segment.py OUT [--steps 1200] [--heads multilayer,linear]
+    python benchmarks/segment.py OUT --pretrained RUN [--sets 101,102,103]
 
 builds the set of `composed.py` (3,000 training pictures without labels for DINO, of which 400 with masks for the head; 200 val
 pictures), trains DINO for some minutes on one core (an existing OUT/run is used), then the heads on frozen features of RUN and of
@@ -54,6 +55,8 @@ RECIPE = [
 ]
 """A small ConvNet with group norm, as in the recipe `demo`, for colour pictures of 64 pixels."""
 
+PRETRAINED = ["size=40", "class_weights=balanced"]
+
 HEAD = ["size=64", "augment=false", "steps=400", "max_train=400", "workers=0", "pictures=8"]
 
 
@@ -92,19 +95,32 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--heads", default="multilayer,linear")
+    parser.add_argument("--pretrained", type=Path, help="a run of the recipe `demo`")
+    parser.add_argument("--sets", default="101,102,103", help="seeds of the sets for --pretrained")
     options = parser.parse_args()
-    data, run = options.out / "data", options.out / "run"
-    if not (data / "classes.txt").is_file():
-        composed.build(data, 3000, 200)
-    seconds = None if (run / "backbone").is_dir() else pretrain(data / "train" / "images", run, options.steps)
+    heads, seconds = options.heads.split(","), None
+    cases: list[tuple[Path, Path, str, list[str]]] = []  # (run, set, head, further keys)
+    if options.pretrained is None:
+        data, run = options.out / "data", options.out / "run"
+        if not (data / "classes.txt").is_file():
+            composed.build(data, 3000, 200)
+        seconds = None if (run / "backbone").is_dir() else pretrain(data / "train" / "images", run, options.steps)
+        cases = [(run, data, head, []) for head in heads]
+    else:
+        for seed in map(int, options.sets.split(",")):
+            data = options.out / f"set_{seed}"
+            if not (data / "classes.txt").is_file():
+                composed.build(data, 400, 400, seed=seed)
+            cases += [(options.pretrained, data, head, [*PRETRAINED, f"seed={seed}"]) for head in heads]
     rows = []
-    for head in options.heads.split(","):
-        rows.append(compare(run, data, options.out, head))
+    for run, data, head, further in cases:
+        rows.append({"set": data.name} | compare(run, data, options.out, head, further))
         row = rows[-1]
         shown = {name: f"{100 * row[name]['miou']:.1f} ({row[name]['interval_95']})" for name in ("dino", "random")}
         low, high = row["difference_interval_95"]
         print(
-            f"{head:11} mIoU dino {shown['dino']}  random {shown['random']}  difference {100 * low:.1f} to {100 * high:.1f}"
+            f"{data.name} {head:11} mIoU dino {shown['dino']}  random {shown['random']}  "
+            f"difference {100 * low:.1f} to {100 * high:.1f}"
         )
     (options.out / "segment.json").write_text(json.dumps({"pretraining_cpu_s": seconds, "rows": rows}, indent=1) + "\n")
     return 0 if all(row["difference_interval_95"][0] > 0 for row in rows) else 1
