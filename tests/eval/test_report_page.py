@@ -183,7 +183,7 @@ def test_curves_zoom(browser: Any, pages: dict[str, Path]) -> None:
 
 def test_a_finger_zooms(browser: Any, pages: dict[str, Path]) -> None:
     with Opened(browser, pages["one"], PHONE, has_touch=True, is_mobile=True) as page:
-        page("document.querySelector('svg').scrollIntoView()")
+        page("document.querySelector('svg').scrollIntoView({behavior: 'instant', block: 'center'})")
         box = page.page.locator("svg").nth(0).bounding_box()
         touch = page.context.new_cdp_session(page.page)
         for kind, part in (
