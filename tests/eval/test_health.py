@@ -18,6 +18,7 @@ from selfsup.columns import read_curves
 from selfsup.diagnosis import diagnose
 from selfsup.errors import UserError
 from selfsup.eval import health
+from selfsup.eval.runfacts import stored_config
 from selfsup.judges import FLAT_STEPS
 from selfsup.remedies import advice, knobs
 from tests.methods.tiny import tiny_config, write_images
@@ -92,7 +93,7 @@ def test_other_methods(images: Path, tmp_path: Path, method: str, options: list[
     config = tiny_config(method, *SHORT, f"data={images}", *options)
     with contextlib.suppress(UserError):  # steps are refused until it ends
         selfsup.train(config, out=tmp_path, quiet=True)
-    written = health._config(tmp_path)
+    written = stored_config(tmp_path)
     found = diagnose(read_curves(tmp_path / "metrics.jsonl"))
     problems = [each.kind for each in found.findings if each.problem and each.kind != "starves for data"]
     assert problems[:1] == ([] if kind == "fine" else [kind])

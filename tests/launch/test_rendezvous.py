@@ -184,7 +184,7 @@ def test_waiting_is_said(ranks: Ranks, key: str):
 
 def test_rank_0_that_never_comes_is_named(ranks: Ranks, key: str):
     with listening(candidates(key)[0]):
-        ranks.start(1, 2, key=key, timeout_s=12)
+        ranks.start(1, 2, key=key, timeout_s=20)
         (line,) = ranks.said()
     assert line.startswith("RankLost") and "rank 0 on 127.0.0.1 was not reached on ports" in line
     assert str(candidates(key)[3]) in line and "another program listens" in line and "refused" in line

@@ -53,7 +53,7 @@ def test_complete(taken: Path):
     assert sorted(found) == sorted(expected)
     assert all(copy.read_bytes() == path.read_bytes() for copy, path in expected.items())
     kinds = {path.suffix or path.name for path in found}
-    assert kinds == {".py", ".yaml", ".zip", ".typed", "LICENSE"}
+    assert kinds == {".py", ".yaml", ".zip", ".typed", ".css", ".js", ".json", ".safetensors", "LICENSE"}
     assert [path.name for path in taken.iterdir()] == ["code"]
 
 
