@@ -11,14 +11,14 @@ from selfsup import config as configuration
 from selfsup import dist
 from selfsup.config import Config
 from selfsup.data.batch import BatchMaker, Split
-from selfsup.data.sheet import write_sheet
+from selfsup.data.sheet import sheet, write_sheet
 from selfsup.data.sources import BadImage, Source, open_source
 from selfsup.data.views import View
 from selfsup.errors import UserError
 
 from .settings import resolve
 from .settings_pictures import AugmentationsSettings
-from .shown import check_picture, said
+from .shown import check_picture, rgb, said
 
 
 def run(
@@ -43,7 +43,8 @@ def run(
     batch = maker(0, 0)
     originals = [_original(source, int(i)) for i in batch.ids]
     try:
-        write_sheet(out or path, batch, maker.groups, config.mean, config.std, most=count, originals=originals)
+        drawn = sheet(batch, maker.groups, config.mean, config.std, most=count, originals=originals)
+        write_sheet(out or path, drawn)
     except OSError as error:
         raise UserError(f"{out or path}: cannot be written: {error.strerror}; name another file with --out") from None
     return said(out or path)
@@ -68,6 +69,4 @@ def _original(source: Source, index: int) -> Image.Image:
         return Image.new("RGB", (32, 32), "#888888")
     if isinstance(image, Image.Image):
         return image
-    pixels = np.asarray(image)
-    pixels = pixels[:, :, :3] if pixels.shape[2] >= 3 else np.repeat(pixels[:, :, :1], 3, axis=2)
-    return Image.fromarray(np.ascontiguousarray(pixels.astype(np.uint8)))
+    return Image.fromarray(np.ascontiguousarray(rgb(np.asarray(image)).astype(np.uint8)))

@@ -119,8 +119,3 @@ def save_mask(ids: np.ndarray, path: Path) -> None:
     image = Image.fromarray(ids.astype(np.uint8))
     image.putpalette(palette(256).tobytes())
     image.save(path)
-
-
-def spread(total: int, count: int) -> np.ndarray:
-    """At most `count` evenly spaced rows of `total`."""
-    return np.unique(np.linspace(0, total - 1, min(count, total)).astype(int))

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 
 from selfsup.columns import Curves, read_curves
-from selfsup.diagnosis import LEAST, Diagnosis, diagnose
+from selfsup.diagnosis import LEAST, Diagnosis
 from selfsup.errors import UserError
-from selfsup.judges import Finding
-from selfsup.remedies import advice, knobs, method_of
+from selfsup.remedies import knobs
 
 from .health_picture import draw
-from .runfacts import remarks_on, stored_config
+from .runfacts import advised, judged, remarks_on, stored_config
 
 _WIDTH = 48
 _SPARKS, _PLAIN = "▁▂▃▄▅▆▇█", "_.-~=+*#"
@@ -43,8 +42,7 @@ def run(
         raise UserError(f"{folder} is no run folder: it has neither config.yaml nor metrics.jsonl")
     curves = read_curves(log)
     config = stored_config(folder)
-    row = config.get("max_nonfinite")
-    found = diagnose(curves, row if isinstance(row, int) else 10)
+    found = judged(curves, config)
     remarks = remarks_on(folder, curves)
     drawn: Path | None = None
     if picture and len(curves):
@@ -88,7 +86,7 @@ def _object(
                 "until": each.until,
                 "text": each.text,
                 "figures": each.figures,
-                "advice": _advice(each, config, folder),
+                "advice": advised(each, config, folder),
                 "now": knobs(each.kind, config),
             }
             for each in found.findings
@@ -97,10 +95,6 @@ def _object(
         "remarks": remarks,
         "picture": str(drawn) if drawn is not None else None,
     }
-
-
-def _advice(finding: Finding, config: dict[str, Any], folder: Path) -> str:
-    return advice(finding.kind, method_of(config)).replace("RUN", str(folder))
 
 
 # ----------------------------------------------------------------------------------------------------------------- words
@@ -128,7 +122,7 @@ def lines(
         out.append(f"  {each.kind}, {span}: {each.text}")
         if each.problem:
             now = knobs(each.kind, config)
-            out.append(f"    {_advice(each, config, folder)}" + (f" (now {now})" if now else ""))
+            out.append(f"    {advised(each, config, folder)}" + (f" (now {now})" if now else ""))
     for key, title, factor in _SHOWN:
         _, values = curves.known(key)
         if len(values):

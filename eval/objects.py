@@ -18,14 +18,14 @@ from selfsup.errors import UserError
 from . import results
 from .canvas import INK, ORANGE, bare, new_figure, save
 from .datasets import Images, channels_of, data_options
-from .dense import backbone_of, has_keys, keys_of, maps_of, mask_files, overlay, read_mask, spread, squares
+from .dense import backbone_of, has_keys, keys_of, maps_of, mask_files, overlay, read_mask, squares
 from .features import transform_for
 from .object_masks import box_iou, box_of, by_mass, lost, tokencut
 from .pca import map_layer
 from .progress import Progress
 from .settings import resolve
 from .settings_dense import ObjectsSettings
-from .shown import beside, displayed, val_spec
+from .shown import beside, displayed, spread, val_spec
 from .targets import open_target
 
 

@@ -13,6 +13,7 @@ from selfsup.backbones import Backbone
 from selfsup.errors import UserError
 
 from .canvas import INK, bare, new_figure, save
+from .dense import maps_of
 from .features import transform_for
 from .shown import begin, displayed, open_shown, read, said
 
@@ -50,14 +51,17 @@ def map_layer(backbone: Backbone, images: Tensor) -> int | None:
     return next((i for i in reversed(range(count)) if min(maps[i].shape[-2:]) >= _LEAST_CELLS), None)
 
 
+def layer_of(backbone: Backbone, images: Tensor | None, given: int | None, size: object) -> int:
+    """`given`, else `map_layer` of the first of `images`. Raises UserError, which names `size`, if that has none."""
+    layer = given if given is not None or images is None else map_layer(backbone, images)
+    if layer is None:
+        raise UserError(f"size={size}: {backbone.name} has no map of 4 x 4 cells at this size; give a larger size")
+    return layer
+
+
 def unit_maps(backbone: Backbone, images: Tensor, layer: int, batch: int = 16) -> Tensor:
     """[N, C, S, S], normalised -> the layer's map with features of length 1: float32 [N, h, w, D], on the host."""
-    device, out = next(backbone.parameters()).device, []
-    with torch.no_grad():
-        for part in images.split(batch):
-            maps = backbone.feature_maps(part.to(device), [layer])[0].float()  # [B, D, h, w]
-            out.append(F.normalize(maps.permute(0, 2, 3, 1), dim=-1).cpu())
-    return torch.cat(out)
+    return torch.cat([maps_of(backbone, part, layer) for part in images.split(batch)])
 
 
 def components(x: Tensor, count: int) -> tuple[Tensor, float]:

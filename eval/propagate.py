@@ -27,12 +27,12 @@ from . import results
 from .canvas import INK, bare, new_figure, save
 from .datasets import data_options
 from .davis import contour, region
-from .dense import backbone_of, maps_of, overlay, read_mask, save_mask, spread
-from .pca import map_layer
+from .dense import backbone_of, maps_of, overlay, read_mask, save_mask
+from .pca import layer_of
 from .progress import Progress
 from .settings import resolve
 from .settings_dense import PropagateSettings
-from .shown import beside, displayed
+from .shown import beside, displayed, spread
 from .targets import Target, open_target
 
 _ROWS = 512  # patches compared with the whole context at a time
@@ -49,11 +49,8 @@ def run(target: str, overrides: list[str], out: Path | None = None) -> dict[str,
     if not dist.is_main():
         return {}
     size = frame_size(backbone, first.shape, settings.size)
-    layer = settings.layer if settings.layer is not None else map_layer(backbone, frame(source, 0, size, backbone))
-    if layer is None:
-        raise UserError(
-            f"size={settings.size}: {backbone.name} has no map of 4 x 4 cells at this size; give a larger size"
-        )
+    start = frame(source, 0, size, backbone) if settings.layer is None else None
+    layer = layer_of(backbone, start, settings.layer, settings.size)
     folder = masks_folder(opened, out)
     found = [first]
     save_mask(first, folder / f"{Path(source.name(0)).stem}.png")

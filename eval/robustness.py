@@ -23,7 +23,7 @@ from .knn import classify
 from .poolings import Request
 from .settings import resolve
 from .settings_scores import RobustnessSettings
-from .shown import beside
+from .shown import beside, rgb
 from .targets import open_target
 
 _DRAW = 0xC0FF  # keeps these draws apart from other uses of the same seed
@@ -113,13 +113,13 @@ def _draw(val: Images, transform: Transform, table: list[dict[str, Any]], seed: 
     first = next(int(i) for i in val.indices if _readable(val.source, int(i)))
     pixels = eval_crop(val.source.read(first), transform.size, transform.resize, transform.interpolation)
     bare(grid[0, 0], f"clean\n{table[0]['top1']:.1%}")
-    grid[0, 0].imshow(_rgb(pixels))
+    grid[0, 0].imshow(rgb(pixels))
     bare(grid[1, 0])
     for row in table[1:]:
         axes = grid[("mild", "strong").index(row["strength"]), names.index(row["corruption"]) + 1]
         changed = Corrupted(val.source, transform, row["corruption"], row["strength"], seed).read(first)
         bare(axes, f"{row['corruption'].replace('_', ' ')}\n{row['top1']:.1%}")
-        axes.imshow(_rgb(changed))
+        axes.imshow(rgb(changed))
     grid[0, 1].set_ylabel("mild", fontsize=9, color=INK)
     grid[1, 1].set_ylabel("strong", fontsize=9, color=INK)
     figure.suptitle("k-NN top-1 under corruptions of the val images", fontsize=10, color=INK)
@@ -132,7 +132,3 @@ def _readable(source: Source, i: int) -> bool:
     except BadImage:
         return False
     return True
-
-
-def _rgb(pixels: np.ndarray) -> np.ndarray:
-    return pixels[:, :, :3] if pixels.shape[2] >= 3 else np.repeat(pixels[:, :, :1], 3, axis=2)

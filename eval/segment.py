@@ -24,6 +24,7 @@ from .segment_settings import SegmentSettings
 from .segment_test import Predictor
 from .segment_train import Normalise, Segmenter, class_weights, train_head
 from .settings import resolve
+from .shown import spread
 from .targets import Target, open_target
 
 
@@ -135,7 +136,7 @@ def _measure(
     predictor: Predictor, val: Pairs, reader: Reader, settings: SegmentSettings
 ) -> tuple[Counts, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
     """Counts of every val image, and those that are drawn: evenly spaced ones."""
-    shown = set(np.linspace(0, len(val) - 1, min(settings.pictures, len(val))).astype(int).tolist())
+    shown = set(spread(len(val), settings.pictures).tolist())
     progress, found, rows = Progress(len(val), "val images"), [], []
     for i, (image, mask) in enumerate(zip(val.images, val.masks)):
         pixels, truth = reader.pair(image, mask)
@@ -150,7 +151,6 @@ def _measure(
 
 def show(result: dict[str, Any], out: Path | None = None) -> None:
     """The usual table, then one row a class."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -163,7 +163,7 @@ def show(result: dict[str, Any], out: Path | None = None) -> None:
     for row in result["per_class"]:
         cells = ("–" if row[key] is None else f"{100 * row[key]:.1f}" for key in columns)
         table.add_row(escape(row["class"]), *cells, f"{row['pixels']:,}")
-    console = Console()
+    console = results.terminal()
     console.print(table)
     for path in result.get("pictures", []):
         console.print(f"picture: {path}", markup=False, highlight=False, soft_wrap=True)

@@ -24,14 +24,14 @@ from selfsup.randomness import generator
 from . import results
 from .canvas import INK, bare, new_figure, save
 from .datasets import Images, channels_of, data_options
-from .dense import backbone_of, maps_of, mask_files, overlay, read_mask, spread, squares
+from .dense import backbone_of, maps_of, mask_files, overlay, read_mask, squares
 from .features import Transform, transform_for
-from .pca import map_layer
+from .pca import layer_of
 from .progress import Progress
 from .search import neighbours
 from .settings import resolve
 from .settings_dense import SegmentKnnSettings
-from .shown import beside, displayed
+from .shown import beside, displayed, spread
 from .targets import Target, open_target
 
 _BANK = 0x5E6B  # keeps these draws apart from other uses of the same seed
@@ -64,12 +64,8 @@ def run(target: str, overrides: list[str], out: Path | None = None) -> dict[str,
     transform = transform_for(opened, images, settings)
     if not dist.is_main():
         return {}
-    first = next(train.batches(transform), None)
-    layer = settings.layer if settings.layer is not None else None if first is None else map_layer(backbone, first[0])
-    if layer is None:
-        raise UserError(
-            f"size={transform.size}: {backbone.name} has no map of 4 x 4 cells at this size; give a larger size"
-        )
+    first, _ = next(train.batches(transform), (None, None))
+    layer = layer_of(backbone, first, settings.layer, transform.size)
     features, shares = bank(train, opened, layer, transform, settings)
     classes = shares.shape[1]
     counts = np.zeros((classes, classes), np.int64)

@@ -33,7 +33,7 @@ class Shown:
         """At most `count` ascending rows or, with labels, the first of every class, then the second ones, and so on."""
         if self.labels is not None:
             return one_per_class(self.labels, count)
-        return np.unique(np.linspace(0, len(self.images) - 1, min(count, len(self.images))).astype(int))
+        return spread(len(self.images), count)
 
 
 def begin(task: str, target: str, overrides: list[str], out: Path | None) -> tuple[Any, Target, Path]:
@@ -102,6 +102,11 @@ def open_shown(target: Target, settings: FeatureSettings, spec: str | None = Non
     )
 
 
+def spread(total: int, count: int) -> np.ndarray:
+    """At most `count` evenly spaced rows of `total`."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).astype(int))
+
+
 def one_per_class(labels: np.ndarray, count: int) -> np.ndarray:
     """`count` rows: the first of every class, then the second ones, and so on."""
     turn = np.zeros(len(labels), dtype=np.int64)
@@ -135,3 +140,8 @@ def displayed(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     x = (images.cpu() * s + m).clamp(0, 1)
     x = x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
     return x.permute(0, 2, 3, 1).numpy()
+
+
+def rgb(pixels: np.ndarray) -> np.ndarray:
+    """[H, W, C] -> [H, W, 3], of the same type: fewer than three channels as grey, of more the first three."""
+    return pixels[:, :, :3] if pixels.shape[2] >= 3 else np.repeat(pixels[:, :, :1], 3, axis=2)

@@ -29,6 +29,7 @@ from selfsup.optim import LossScale, create_optimizer, parameter_groups
 from selfsup.optim_state import load_state_tensors, state_tensors
 from selfsup.schedules import Plan, Schedule, evaluate, optimizer_schedules, peak_learning_rate, plan
 from selfsup.spikes import SpikeDetector
+from selfsup.wording import one_line
 
 KEPT_AT_MOST = 3
 """Refused batches of a run that are kept for `selfsup replay`, each with the weights."""
@@ -320,12 +321,12 @@ class Run:
     def draw_views(self, batch: Batch) -> None:
         """RUN/pictures/augmentations.png: the views of a batch's first images. No run fails for want of it: it is a note."""
         try:
-            from selfsup.data.sheet import write_sheet  # once a run
+            from selfsup.data.sheet import sheet, write_sheet  # once a run
 
-            path = self.out / "pictures" / "augmentations.png"
-            write_sheet(path, batch, self.loader.make.groups, self.config.mean, self.config.std)
+            drawn = sheet(batch, self.loader.make.groups, self.config.mean, self.config.std)
+            write_sheet(self.out / "pictures" / "augmentations.png", drawn)
         except Exception as error:
-            self.progress.note(f"no picture of the augmentations: {' '.join(str(error).split())[:200]}")
+            self.progress.note(f"no picture of the augmentations: {one_line(error, 200)}")
 
     def problem(self) -> BaseException | None:
         """What must stop the run, found on this rank since the last look: a save that failed, too many bad images."""

@@ -10,8 +10,9 @@ import yaml
 
 from selfsup.diagnosis import LEAST
 from selfsup.log import duration
-from selfsup.remedies import advice, knobs, method_of
+from selfsup.remedies import knobs
 
+from ..runfacts import advised
 from .images import Picture
 from .markup import Cell, Markup, details, escape, join, number, plain, table, tag
 from .story import Story
@@ -96,8 +97,7 @@ def health(story: Story) -> Markup:
             words.append(
                 tag(
                     "p",
-                    advice(each.kind, method_of(story.config)).replace("RUN", str(story.folder))
-                    + (f" Now: {now}" if now else ""),
+                    advised(each, story.config, story.folder) + (f" Now: {now}" if now else ""),
                     kind="soft",
                 )
             )

@@ -4,17 +4,18 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from selfsup import checkpoint
 from selfsup.columns import Curves, read_curves
-from selfsup.diagnosis import Diagnosis, diagnose
+from selfsup.diagnosis import Diagnosis
 from selfsup.errors import UserError
 from selfsup.runfolder import RESOLVED, flat
 
 from .. import results
-from ..runfacts import remarks_on, stored_config
+from ..runfacts import judged, remarks_on, stored_config
 
 Defaults = Callable[[str], dict[str, Any]]
 """Name of a method -> the configuration with nothing said but that name, its options filled in."""
@@ -55,7 +56,7 @@ class Story:
     environment: dict[str, str]
     remarks: list[str] = field(default_factory=list)
 
-    @property
+    @cached_property
     def flat(self) -> dict[str, Any]:
         """The configuration by dotted keys."""
         return flat(self.config)
@@ -76,7 +77,6 @@ def read(standing: Mapping[str, Any], name: str, defaults: Defaults) -> Story:
     folder = Path(standing["run"])
     curves = read_curves(folder / "metrics.jsonl")
     config = stored_config(folder)
-    row = config.get("max_nonfinite")
     found, remarks = _results(folder / "eval")
     remarks = [*standing.get("remarks", ()), *remarks_on(folder, curves), *remarks]
     if not config:
@@ -86,7 +86,7 @@ def read(standing: Mapping[str, Any], name: str, defaults: Defaults) -> Story:
         name=name,
         standing=standing,
         curves=curves,
-        diagnosis=diagnose(curves, row if isinstance(row, int) else 10),
+        diagnosis=judged(curves, config),
         config=config,
         differences=differences(config, defaults),
         results=found,

@@ -19,19 +19,10 @@ _SIDE = 112
 _GAP, _HEAD = 4, 16
 
 
-def write_sheet(
-    path: Path,
-    batch: Batch,
-    groups: Sequence[Sequence[View]],
-    mean: Sequence[float],
-    std: Sequence[float],
-    *,
-    most: int = 8,
-    originals: Sequence[Image.Image] = (),
-) -> Path:
-    """Write `sheet` as a PNG file, whole or not at all; equal sheets are equal files."""
+def write_sheet(path: Path, drawn: Image.Image) -> Path:
+    """As a PNG file, whole or not at all; equal sheets are equal files."""
     made = io.BytesIO()
-    sheet(batch, groups, mean, std, most=most, originals=originals).save(made, "PNG")
+    drawn.save(made, "PNG")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(made.getvalue())
