@@ -1,23 +1,13 @@
 """Keys of `selfsup eval segment`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from selfsup.config import Duration, Positive, Range, Section, expand_short_forms
 
-SHORT_FORMS = {"data": "path", "masks": "path", "loss": "name"}
-"""`masks=X` is short for `masks.path=X`, `loss=dice` for `loss.name=dice`."""
+from .many import Many
 
-
-def _as_tuple(value: Any) -> Any:
-    """A single value, 'a,b' or [a, b] as a tuple."""
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(","))
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-
-
-Many = BeforeValidator(_as_tuple)
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Head = Literal["linear", "multilayer", "mlp", "upernet", "unetr"]
@@ -67,6 +57,9 @@ class SegmentLoss(Section):
 
 class SegmentSettings(Section):
     """`selfsup eval segment`."""
+
+    SHORT_FORMS: ClassVar[dict[str, str]] = {"masks": "path", "loss": "name"}
+    """`masks=X` is short for `masks.path=X`, `loss=dice` for `loss.name=dice`, besides the usual ones."""
 
     data: SegmentData = SegmentData()
     masks: MaskData = MaskData()
@@ -134,9 +127,9 @@ class SegmentSettings(Section):
         if not isinstance(values, dict):
             return values
         out = expand_short_forms(values)
-        for key in ("masks", "loss"):
+        for key, inner in cls.SHORT_FORMS.items():
             if key in out and not isinstance(out[key], (dict, Section)):
-                out[key] = {SHORT_FORMS[key]: out[key]} if out[key] is not None else {}
+                out[key] = {inner: out[key]} if out[key] is not None else {}
         return out
 
     @model_validator(mode="after")

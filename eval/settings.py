@@ -10,19 +10,13 @@ from selfsup import config
 from selfsup.config import Positive, Probability, Range, Section
 from selfsup.errors import UserError
 
-from . import segment_settings
+from .many import Many
+from .segment_settings import SegmentSettings
 
 Pooling = Literal["pooled", "cls", "patchmean", "cls+patchmean"]
 """pooled: what the backbone itself returns; cls: the class token; patchmean: mean over patches or map cells; both."""
 
 _LAYER = re.compile(r"^last[1-9]\d*$")
-
-
-def _as_tuple(value: Any) -> Any:
-    """A single value, 'a,b' or [a, b] as a tuple."""
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(","))
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 def _as_layer(value: Any) -> Any:
@@ -37,7 +31,6 @@ def _check_layer(value: int | str) -> int | str:
 
 Layer = Annotated[int | str, BeforeValidator(_as_layer), AfterValidator(_check_layer)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Many = BeforeValidator(_as_tuple)
 
 
 class LabelledData(Section):
@@ -181,7 +174,7 @@ VERBS: dict[str, type[Section]] = {
     "classify": ClassifySettings,
     "finetune": FinetuneSettings,
     "exits": ExitsSettings,
-    "segment": segment_settings.SegmentSettings,
+    "segment": SegmentSettings,
 }
 
 
@@ -191,8 +184,9 @@ def resolve(verb: str, overrides: Iterable[str]) -> Section:
         return _resolve_finetune(list(overrides))
     if verb == "augmentations":
         return _resolve_augmentations(list(overrides))
-    short = {**config.SHORT_FORMS, **segment_settings.SHORT_FORMS} if verb == "segment" else config.SHORT_FORMS
-    return config.validate(model_of(verb), config.parse_overrides(overrides, short), where=f"eval {verb}")
+    model = model_of(verb)
+    short = {**config.SHORT_FORMS, **getattr(model, "SHORT_FORMS", {})}
+    return config.validate(model, config.parse_overrides(overrides, short), where=f"eval {verb}")
 
 
 def model_of(verb: str) -> type[Section]:

@@ -6,7 +6,8 @@ from pydantic import Field
 
 from selfsup.config import Positive
 
-from .settings import FeatureSettings, ImageSettings, KnnSettings, Layer, LinearSettings, Many, Pooling
+from .many import Many
+from .settings import FeatureSettings, ImageSettings, KnnSettings, Layer, LinearSettings, Pooling
 from .settings_pictures import Few
 
 
