@@ -19,7 +19,7 @@ import pytest  # noqa: E402
 
 # here, and not in their own folders: a process that collects nothing still prints their summaries,
 # and other folders use a cluster too
-pytest_plugins = ["tests.faults.table", "tests.fuzz.cases", "tests.slurm.session"]
+pytest_plugins = ["tests.faults.table", "tests.fuzz.cases", "tests.slurm.session", "tests.systems.table"]
 
 ALLOWED_SKIPS = ("no CUDA",)
 """Reasons for which a skipped test is no failure in CI: hardware that the machine does not have."""

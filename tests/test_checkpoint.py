@@ -345,6 +345,7 @@ def test_damaged_ones_are_left_alone(tmp_path: Path) -> None:
     assert [s for s, _ in checkpoint.steps(tmp_path)] == [1, 4, 5]
 
 
+@pytest.mark.systems("Background checkpoints, retention, lease, hang report, spike rollback, replay of refused steps")
 def test_keeps_round_steps_and_the_best(tmp_path: Path) -> None:
     figures = {2: 0.3, 3: 0.9, 5: 0.8, 7: 0.9, 8: 0.1}
     for step in range(1, 12):

@@ -14,8 +14,26 @@ from selfsup.methods.load import load_classifiers
 DEMOS = [name for name in recipe_names() if name == "demo" or name.endswith("_demo")]
 
 
+ROWS = {
+    "demo": "DINO: EMA teacher, centring, sharpening, multi-crop, heads, schedules",
+    "dinov2_gram_demo": "Gram anchoring (DINOv3)",
+    "distill_demo": (
+        "Knowledge distillation: any teacher, losses on logits, features, relations; several students; cached teachers"
+    ),
+    "deit_tiny_demo": "DeiT: distillation token, hard and soft labels",
+    "byot_demo": 'Self-distillation ("be your own teacher")',
+    "supervised_demo": "Supervised training, softmax and sigmoid loss",
+}
+"""Demo -> its row of README's table of systems; the others belong to FAMILY."""
+
+FAMILY = (
+    "iBOT, DINOv2, MSN, I-JEPA, BYOL, SimSiam, SimCLR, MoCo v2 and v3, SupCon, SwAV, Barlow Twins, VICReg, LeJEPA, MAE, SimMIM, "
+    "CAPI"
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DEMOS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.systems(ROWS.get(n, FAMILY))) for n in DEMOS])
 def test_trains_and_is_evaluated(name: str, tmp_path: Path) -> None:
     config = selfsup.load_config(name, ["steps=3", "workers=0", "tensorboard=false", "log_every=1"])
     selfsup.train(config, out=tmp_path / "run", quiet=True)

@@ -60,6 +60,7 @@ def test_loaded_heads(images: Path, run: Path) -> None:
             assert torch.equal(value, trained[key]), key
 
 
+@pytest.mark.systems("Published checkpoints of dino, dinov2, timm: `load_backbone`, `init_from=`")
 def test_published_layout(images: Path, run: Path, tmp_path: Path) -> None:
     """A file as dino's training writes it: {'student': module.backbone.*, module.head.*; 'teacher': backbone.*, head.*}."""
     trained = newest(run)

@@ -109,8 +109,10 @@ THOROUGH = ("dino", "dinov2", "distill", "moco")
 """Methods that go through all of the matrix: what it varies is the trainer's, and these have every kind of state that there is.
 The others go through the fast cases, batch norm, and another world size."""
 
+ROW = [pytest.mark.systems("One process, torchrun on CPU (gloo) and GPU (NCCL), bitwise resume")]
+
 MATRIX = [
-    pytest.param(method, *case, marks=() if case in FAST else pytest.mark.slow)
+    pytest.param(method, *case, marks=([] if case in FAST else [pytest.mark.slow]) + (ROW if method == "dino" else []))
     for method in sorted(METHODS)
     for case in (itertools.product(("bf16", "fp32"), (1, 4), (1, 2, 4)) if method in THOROUGH else FAST)
 ]

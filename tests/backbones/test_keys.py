@@ -89,6 +89,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.systems("Published checkpoints of dino, dinov2, timm: `load_backbone`, `init_from=`")
 def test_dino():
     layout, state = convert(dino_checkpoint())
     assert layout == "dino" and equal(state, vit())

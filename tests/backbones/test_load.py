@@ -51,6 +51,7 @@ def test_flat_files(suffix, tmp_path, capsys):
     assert matched(capsys) == (len(model.state_dict()),) * 2
 
 
+@pytest.mark.systems("Published checkpoints of dino, dinov2, timm: `load_backbone`, `init_from=`")
 def test_dino_training_checkpoint(tmp_path, capsys):
     """Dicts, prefixes, heads, and the pickled Namespace that newer torch refuses by default."""
     model = net()
@@ -76,6 +77,7 @@ def test_dino_training_checkpoint(tmp_path, capsys):
         assert torch.equal(found, model(images))
 
 
+@pytest.mark.systems("Published checkpoints of dino, dinov2, timm: `load_backbone`, `init_from=`")
 def test_dinov2_with_registers(tmp_path, capsys):
     """The published names (register_tokens, mask_token, ls1.gamma, chunks), from a timm model turned back."""
     model = net("vit_small_patch14_reg4_dinov2")

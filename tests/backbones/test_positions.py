@@ -59,6 +59,7 @@ def test_native_size_and_prefix_are_untouched(mode):
     assert torch.equal(out[:, :2], pos[:, :2]) and not torch.allclose(out[:, 2:], pos[:, 2:])
 
 
+@pytest.mark.systems("Position embeddings at any size, timm's, by size, and DINO's own resampling")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["vit", "registers", "distilled", "vit_avg"])
 def test_models_use_their_mode(kind, mode, small):

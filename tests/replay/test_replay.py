@@ -199,6 +199,7 @@ def test_rows_of_a_former_version(images: Path, tmp_path: Path) -> None:
     assert replay(folder) == report
 
 
+@pytest.mark.systems("Background checkpoints, retention, lease, hang report, spike rollback, replay of refused steps")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_from_a_run(images: Path, tmp_path: Path, precision: str) -> None:
     """What training kept of a step whose gradients were not finite: its loss, which was, comes out bit for bit."""

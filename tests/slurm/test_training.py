@@ -49,6 +49,10 @@ def preempt(run: Run) -> None:
     run.slurm.cancel(high)
 
 
+@pytest.mark.systems(
+    "SLURM through submitit: `submit` with evaluations and sweeps, preemption, requeue, `status`, `logs`, `cancel`; "
+    "the same on one machine"
+)
 def test_submit_and_finish(runs: Runs):
     """Four ranks on two nodes: placed, logged, evaluated afterwards; as one process computes it, but for rounding."""
     run = runs.submit("first", "--then", "knn,linear")
