@@ -4,9 +4,9 @@
     backbone.deformable_modulated=false                          # offsets alone: the first version
 
 Each of the nine taps is read at a place that is moved by an offset, and weighed; a 3x3 convolution of zeros at first tells both.
-A weight is 2 sigmoid(0) = 1 at first, not the paper's 1/2: so a net begins as the same one without, also with pretrained weights.
+A weight is 2 sigmoid(0) = 1 at first, not the paper's 1/2: so a net begins as the same one without, pretrained or not.
 Of a block with two 3x3 convolutions (ResNet-18 and -34) the second is replaced. The sampling runs in float32 at least, as
-torchvision's kernels need it. On CUDA its backward pass has no deterministic kernel: there deterministic=true does not go with it.
+torchvision's kernels need it. Its backward pass on CUDA has no deterministic kernel: deterministic=true is not for it there.
 timm has no such layer: an exported folder is loaded by `selfsup.load_backbone` alone.
 """
 
@@ -45,12 +45,18 @@ class Deformable(DeformConv2d):
         told = self.offset(x).to(wide)  # [B, 2 * 9 or 3 * 9, h, w]
         offset = told[:, : 2 * self.taps]  # [B, 18, h, w]: y and x of each tap
         mask = 2 * told[:, 2 * self.taps :].sigmoid() if self.modulated else None  # [B, 9, h, w]
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.to(wide)
             out = deform_conv2d(
                 x.to(wide), offset, self.weight.to(wide), bias, self.stride, self.padding, self.dilation, mask
             )
         return out.to(x.dtype)
+
+
+def offsets(model: nn.Module) -> list[str]:
+    """Keys of the weights that tell offsets; with zeros there a net computes what it does without."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, Deformable)]
+    return [f"{layer}.offset.{kind}" for layer in layers for kind in ("weight", "bias")]
 
 
 def deform(model: nn.Module, name: str, stages: Any, modulated: Any = True) -> list[int]:

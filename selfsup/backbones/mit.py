@@ -16,7 +16,7 @@ _RATIOS = (4, 4, 4, 4)
 # stages' depths -> n; the width of the first stage, 32 or 64, tells 0 from 1
 _DEPTHS = {(2, 2, 2, 2): 1, (3, 4, 6, 3): 2, (3, 4, 18, 3): 3, (3, 8, 27, 3): 4, (3, 6, 40, 3): 5}
 
-# facebookresearch-like names of the authors (NVlabs/SegFormer, whai362/PVT) and those of transformers, published and in memory
+# names of the authors (NVlabs/SegFormer, whai362/PVT), and those of transformers, as published and as in memory
 _AUTHORS = re.compile(r"^block[1-4]\.\d+\.mlp\.dwconv\.dwconv\.weight$")
 _TRANSFORMERS = re.compile(
     r"^(segformer\.)?(encoder\.block\.\d+\.\d+|stages\.\d+\.blocks\.\d+)\.mlp\.dwconv\.dwconv\.weight$"
