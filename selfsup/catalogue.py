@@ -160,9 +160,11 @@ def _counted(backbone: Backbone, size: int) -> tuple[float, tuple[int, int]]:
     try:
         with _counter() as counter:
             h, w = backbone(images).patches.shape[2:]
-    except Exception:
-        backbone.check_size(size)  # says why; what it has nothing against is a defect
-        raise
+    except Exception as error:
+        backbone.check_size(size)  # says why, if the size is
+        raise UserError(
+            f"cannot be run on one image of {size} pixels: {type(error).__name__}: {one_line(error)}"
+        ) from None
     return float(counter.get_total_flops()), (int(h), int(w))
 
 

@@ -39,7 +39,7 @@ class Deformable(DeformConv2d):
         nn.init.zeros_(self.offset.weight)
         nn.init.zeros_(self.offset.bias)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, D, h, w]."""
         wide = torch.promote_types(x.dtype, torch.float32)
         told = self.offset(x).to(wide)  # [B, 2 * 9 or 3 * 9, h, w]
@@ -77,5 +77,5 @@ def deform(model: nn.Module, name: str, stages: Any, modulated: Any = True) -> l
         for block in getattr(model, f"layer{stage}"):
             if not isinstance(block, (BasicBlock, Bottleneck)) or block.conv2.kernel_size != (3, 3):
                 raise UserError(f"backbone.deformable: the blocks of {name} have no 3x3 convolution that could deform")
-            block.conv2 = Deformable(block.conv2, modulated)  # type: ignore[assignment]
+            block.conv2 = Deformable(block.conv2, modulated)
     return chosen

@@ -51,9 +51,9 @@ def load_backbone(
     """A backbone in eval() mode, on the CPU, with the weights of `target`.
 
     target: a run folder, a checkpoint folder, an exported (or any timm) folder, a .safetensors file, or a .pth file of
-    dino, dinov2, SegFormer, PVT v2 or timm; `RUN@student` is short for branch="student". name: the timm architecture, where the file
-    does not tell. pos_interp, mean, std: default to what was recorded, else to what the project of the file's layout
-    used. timm_options: win over what was recorded; another `img_size` resamples the position embedding.
+    dino, dinov2, SegFormer, PVT v2 or timm; `RUN@student` is short for branch="student". name: the timm architecture,
+    where the file does not tell. pos_interp, mean, std: default to what was recorded, else to what the project of the
+    file's layout used. timm_options: win over what was recorded; another `img_size` resamples the position embedding.
     pyramid: maps of strides 4, 8, 16 and 32 as the output (see `selfsup.backbones.pyramid`), also of a ViT.
 
     Prints the matched tensors, n/m, on stderr; m counts those of the model and those of the file that are neither in

@@ -74,9 +74,9 @@ def to_timm(state: dict[str, Tensor], found: str) -> dict[str, Tensor]:
         if not key.startswith(("classifier.", "decode_head.")):
             out[_renamed(key, _PARTS)] = value
     for key in [key for key in out if ".attn.k." in key]:
-        value = key.replace(".attn.k.", ".attn.v.")
-        if value in out:  # timm has one layer for both: k first
-            out[key.replace(".attn.k.", ".attn.kv.")] = torch.cat([out.pop(key), out.pop(value)])
+        other = key.replace(".attn.k.", ".attn.v.")
+        if other in out:  # timm has one layer for both: k first
+            out[key.replace(".attn.k.", ".attn.kv.")] = torch.cat([out.pop(key), out.pop(other)])
     return out
 
 
