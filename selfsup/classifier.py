@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from selfsup.backbones import Backbone
 from selfsup.backbones.backbone import _pair
-from selfsup.backbones.export import evaluating, folder_config, noise, write_folder
+from selfsup.backbones.export import evaluating, folder_config, noise, only_here, write_folder
 from selfsup.backbones.load import IMAGENET_MEAN, IMAGENET_STD, _open_folder
 from selfsup.backbones.positions import set_pos_interp
 from selfsup.config import Config
@@ -72,6 +72,8 @@ def export_classifier(module: nn.Module, out_dir: str | Path, label_names: Seque
     head = getattr(own, "head", None)
     if not isinstance(backbone, Backbone) or not isinstance(head, nn.Linear):
         raise NotAsTimm("it is not a backbone with one linear head")
+    if why := only_here(backbone.options):
+        raise NotAsTimm(why)
     classes = head.out_features
     config = folder_config(backbone, classes)
     model = _timm_model(config["architecture"], classes, config["model_args"])

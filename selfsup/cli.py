@@ -172,6 +172,9 @@ def export(
     backbone = load_backbone(target)
     if format == "timm":
         exporting.export_timm(backbone, out)
+        if why := exporting.only_here(backbone.options):
+            typer.echo(f'{out}: selfsup.load_backbone("{out}"); bare timm cannot load it: {why}')
+            return
         difference = exporting.timm_difference(backbone, out)
         typer.echo(
             f'{out}: timm.create_model("local-dir:{out}", pretrained=True); largest difference to ours {difference:g}'

@@ -1,4 +1,4 @@
-"""The verbs that give advice: doctor, before a run; health, during and after it. Registered in `selfsup.cli`."""
+"""The verbs that give advice: doctor and backbones, before a run; health, during and after it. Registered in `selfsup.cli`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -28,6 +28,21 @@ def register(app: typer.Typer) -> None:
         from selfsup import doctor as examining
 
         examining.run(data, as_json=as_json, sample=sample, seconds=seconds, out=out)
+
+    @app.command()
+    def backbones(
+        pattern: Annotated[
+            str | None,
+            typer.Argument(help="A part of a name, or with * and ? as in a shell; default: a few of every family."),
+        ] = None,
+        size: Annotated[int, typer.Option(min=1, help="Pixels of the image, square.")] = 224,
+        as_json: Annotated[bool, typer.Option("--json", help="A list of objects, with every reason.")] = False,
+        names: Annotated[bool, typer.Option("--names", help="Names alone.")] = False,
+    ) -> None:
+        """List backbones: parameters, GFLOPs, tokens, strides, and which methods take them, or why not."""
+        from selfsup import catalogue
+
+        catalogue.run(pattern, size=size, as_json=as_json, names=names)
 
     @app.command()
     def health(

@@ -22,7 +22,7 @@ from selfsup.backbones import Backbone
 from selfsup.backbones.export import folder_config, noise, onnx_of, write_folder
 from selfsup.backbones.load import rebuild
 from selfsup.backbones.stages import cut_after, map_after, map_shapes
-from selfsup.classifier import Classifier, export_classifier, has_classifier, load_classifier
+from selfsup.classifier import Classifier, NotAsTimm, export_classifier, has_classifier, load_classifier
 from selfsup.config import Positive, Section, suggest, validate
 from selfsup.errors import UserError
 from selfsup.wording import one_line
@@ -248,5 +248,8 @@ def export_target(run: str, name: str, out: Path, format: str) -> str:
         return f'{out}: {count:.2f} M parameters; selfsup.load_exit("{out}"); largest difference to ours {difference:g}'
     if not hasattr(module, "head"):
         raise UserError(f"target {run}@{name}: not one network with one head; use --format onnx")
-    export_classifier(module, out, names)
+    try:
+        export_classifier(module, out, names)
+    except NotAsTimm as why:
+        raise UserError(f"target {run}@{name}: no model of timm's: {why}; use --format onnx") from None
     return f'{out}: timm.create_model("local-dir:{out}", pretrained=True)'

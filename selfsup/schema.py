@@ -189,7 +189,10 @@ class ViewsConfig(Section):
 
 
 class BackboneConfig(OpenSection):
-    """A backbone by its timm name; every other key is an option of timm's `create_model`."""
+    """A backbone by its timm name, or mit_b0 to mit_b5; every other key is an option of timm's `create_model`.
+
+    Of ResNets besides: deformable=[3, 4], deformable_modulated (see `backbones/deformable.py`).
+    """
 
     name: str = "vit_small_patch16_224"
     pos_interp: Literal["size", "timm", "dino"] = "timm"

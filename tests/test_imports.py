@@ -34,7 +34,7 @@ LEVELS = [
     {"checkpoint", "checkpoint_writer", "log", "health", "runtime", "placement", "runfolder", "status", "signals"}
     | {"recorder", "profile", "diagnosis", "judges", "columns", "remedies"},
     {"backbones", "data", "classifier"},
-    {"methods", "recipes", "initialise", "replay", "exits", "doctor"},
+    {"methods", "recipes", "initialise", "replay", "exits", "doctor", "catalogue"},
     {"run", "train"},
     {"eval", "launch"},
     {"cli", "cli_eval", "cli_jobs", "cli_advice", "cli_report", "demo"},

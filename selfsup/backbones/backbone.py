@@ -93,7 +93,9 @@ class Backbone(nn.Module):
     def fixed_size(self) -> bool:
         """Whether `input_size` is the only size it takes. Tried on first use, with one blank image a size."""
         if self._fixed is None:
-            self._fixed = all(self._refusal(size) is not None for size in self._other_sizes())
+            self._fixed = not self._is_dynamic() and all(
+                self._refusal(size) is not None for size in self._other_sizes()
+            )
         return self._fixed
 
     def extra_repr(self) -> str:
@@ -250,7 +252,8 @@ class Backbone(nn.Module):
         modes = {m: m.training for m in self.modules()}
         self.eval()
         try:
-            with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+            kind = "cpu" if like.is_meta else like.device.type  # shapes alone are asked for: any will do
+            with torch.no_grad(), torch.autocast(kind, enabled=False):
                 self(torch.zeros(1, self.in_chans, *size, device=like.device, dtype=like.dtype))
         except torch.OutOfMemoryError:
             raise

@@ -10,6 +10,7 @@ import timm
 from timm.models import get_pretrained_cfg, is_model, list_models, list_pretrained, model_entrypoint
 from torch import nn
 
+from selfsup.backbones import mit
 from selfsup.backbones.backbone import Backbone, _pair
 from selfsup.backbones.positions import PosInterp, set_pos_interp
 from selfsup.backbones.xavier import xavier
@@ -26,6 +27,7 @@ OWNED = {
     "scriptable": "TorchScript is not supported",
     "exportable": "use selfsup export",
 }
+DEFORMABLE = ("deformable", "deformable_modulated")  # options of ours: see `deformable.py`
 _FLEXIBLE: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
 
 
@@ -81,7 +83,8 @@ def build(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """(timm model without classifier, the options that rebuild it). UserError as in `create_backbone`."""
     check_name(name, pretrained)
-    options = {**options, "num_classes": 0}
+    name, options = mit.resolve(name, {**options, "num_classes": 0})
+    moving = {key: options.pop(key) for key in DEFORMABLE if key in options}
     cfg = get_pretrained_cfg(name)
     built_for_size = bool(cfg and cfg.fixed_input_size)
     if built_for_size and input_size is not None:
@@ -101,15 +104,39 @@ def build(
             raise _refused(name, options, error, pretrained) from None
         except Exception as error:
             raise _refused(name, options, error, pretrained) from None
-    return model, {**options, **flexible}
+    if moving:
+        moving = _deform(model, name, moving)
+    return model, {**options, **flexible, **moving}
+
+
+def _deform(model: nn.Module, name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The options of `deformable.py` put into effect; those that rebuild it."""
+    if given.get("deformable") is None:
+        if "deformable_modulated" in given:
+            raise UserError(
+                "backbone.deformable_modulated is of deformable convolutions; give backbone.deformable=[3, 4]"
+            )
+        return {}
+    from selfsup.backbones.deformable import deform
+
+    modulated = given.get("deformable_modulated", True)
+    stages = deform(model, name, given["deformable"], modulated)
+    return {"deformable": stages, "deformable_modulated": modulated}
 
 
 def check_name(name: str, pretrained: bool = False) -> None:
-    """Raise UserError unless timm knows this name."""
+    """Raise UserError unless timm knows this name, or `mit.py` does."""
+    if name in mit.MIT:
+        if pretrained:
+            raise UserError(
+                f"backbone.pretrained=true: timm has no weights for {name}; give a published file with init_from"
+            )
+        return
     if not is_model(name):
-        known = list_models()
-        hint = suggest(name.split(".")[0], known)
-        raise UserError(f"backbone.name={name!r}: timm has no such model{hint or '; timm.list_models() names all'}")
+        hint = suggest(name.split(".")[0], [*list_models(), *mit.MIT])
+        raise UserError(
+            f"backbone.name={name!r}: timm has no such model{hint or '; selfsup backbones PATTERN lists them'}"
+        )
     architecture, _, tag = name.partition(".")
     tags = [m.partition(".")[2] for m in list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:

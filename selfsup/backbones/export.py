@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from selfsup.backbones import mit
 from selfsup.backbones.backbone import Backbone, Size, _pair
 from selfsup.errors import UserError
 
@@ -32,9 +33,15 @@ def export_timm(backbone: Backbone, out_dir: str | Path) -> Path:
     """Write OUT/config.json and OUT/model.safetensors for `timm.create_model("local-dir:OUT", pretrained=True)`.
 
     The outputs are those of `backbone.model` bit for bit (weights in float32). The same weights give the same bytes.
-    Returns the folder. Raises UserError if it cannot be written.
+    Returns the folder. Raises UserError if it cannot be written. What timm cannot build (see `only_here`) is written alike, and
+    its config.json says that `load_backbone` alone loads it.
     """
     return write_folder(Path(out_dir), folder_config(backbone), backbone.model.state_dict(), "backbone")
+
+
+def only_here(options: Mapping[str, Any]) -> str:
+    """Why bare timm cannot build a backbone of these options; '' if it can."""
+    return "timm has no deformable convolution" if "deformable" in options else ""
 
 
 def write_folder(out: Path, config: Mapping[str, Any], state: Mapping[str, Tensor], what: str) -> Path:
@@ -53,7 +60,12 @@ def write_folder(out: Path, config: Mapping[str, Any], state: Mapping[str, Tenso
 
 
 def timm_difference(backbone: Backbone, out_dir: str | Path, size: Size | None = None) -> float:
-    """Largest absolute difference between bare timm's model of OUT and `backbone` on noise; 0.0 is expected."""
+    """Largest absolute difference between bare timm's model of OUT and `backbone` on noise; 0.0 is expected.
+
+    Raises UserError where bare timm cannot load it.
+    """
+    if why := only_here(backbone.options):
+        raise UserError(f"{out_dir}: bare timm cannot load it: {why}; use selfsup.load_backbone")
     with torch.random.fork_rng(devices=[]):
         bare = timm.create_model(f"local-dir:{out_dir}", pretrained=True).eval()
     images = noise(backbone, size, batch=2)
@@ -137,8 +149,8 @@ def folder_config(backbone: Backbone, classes: int = 0) -> dict[str, Any]:
     size = list(backbone.image_size)
     args = {k: v for k, v in backbone.options.items() if k not in _TRAINING_ONLY and v is not None}
     args["in_chans"] = backbone.in_chans
-    config = {
-        "architecture": backbone.name.partition(".")[0],
+    config: dict[str, Any] = {
+        "architecture": mit.resolve(backbone.name, {})[0].partition(".")[0],
         "num_classes": classes,
         "num_features": backbone.embed_dim,
         "model_args": args,
@@ -156,6 +168,8 @@ def folder_config(backbone: Backbone, classes: int = 0) -> dict[str, Any]:
         },
         "selfsup": {"pos_interp": backbone.pos_interp},
     }
+    if why := only_here(args):
+        config["selfsup"]["loads_with"] = f"selfsup.load_backbone alone: {why}"
     try:
         return json.loads(json.dumps(config))
     except TypeError as error:

@@ -7,6 +7,7 @@ from typing import Any
 from timm.models import is_model
 from torch import Tensor
 
+from selfsup.backbones import mit
 from selfsup.errors import UserError
 
 _VIT_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 1536: "giant"}
@@ -24,8 +25,8 @@ _XCITS |= {(512, 24): "medium", (768, 24): "large"}
 def infer(state: dict[str, Tensor], options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """(timm name, options) of the model whose state dict (timm's keys) this is.
 
-    options: what the user knows better; they win. Raises UserError for anything but plain ViTs, ResNets and XCiTs, and
-    where the number of heads, which no tensor shows, is not one a 64 channels.
+    options: what the user knows better; they win. Raises UserError for anything but plain ViTs, ResNets, XCiTs, MiTs and
+    PVT v2, and where the number of heads, which no tensor shows, is not one a 64 channels.
     """
     if "cls_attn_blocks.0.norm1.weight" in state and "patch_embed.proj.0.0.weight" in state:
         return _xcit(state, options)
@@ -33,6 +34,13 @@ def infer(state: dict[str, Tensor], options: dict[str, Any]) -> tuple[str, dict[
         return _vit(state, options)
     if "layer1.0.conv1.weight" in state and "conv1.weight" in state:
         return _resnet(state, options)
+    if mit.is_pvt(state):
+        name, found = mit.infer(state)
+        if name is None:
+            raise UserError(
+                "a PVT v2 or MiT of other depths or widths than those published; give name=, depths=, embed_dims="
+            )
+        return name, found
     raise UserError(
         f"the architecture cannot be told from the keys ({', '.join(list(state)[:3])}, ...); give name=TIMM_NAME"
     )

@@ -2,8 +2,8 @@
 
 Layouts: `selfsup` (a checkpoint of ours: `teacher.backbone.model.*`), `dino` (facebookresearch/dino: dicts `teacher` and
 `student`, the latter with `module.`, both with `backbone.` and `head.`), `dinov2` (facebookresearch/dinov2: block
-chunks `blocks.0.3.*`, `register_tokens`, `mask_token`, SwiGLU as `w12`/`w3`), `timm` (its own keys, torchvision's
-ResNets among them).
+chunks `blocks.0.3.*`, `register_tokens`, `mask_token`, SwiGLU as `w12`/`w3`), `pvt` (NVlabs/SegFormer and whai362/PVT v2),
+`segformer` (transformers' SegFormer), `timm` (its own keys, torchvision's ResNets among them).
 """
 
 import re
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from selfsup.backbones import mit
 from selfsup.errors import UserError
 
 Branch = Literal["teacher", "student"]
@@ -74,6 +75,8 @@ def convert(checkpoint: Mapping[str, Any], branch: Branch = "teacher") -> tuple[
         return "selfsup", state
     if _is_dinov2(state):
         return "dinov2", _from_dinov2(state)
+    if found_layout := mit.layout(state):
+        return found_layout, mit.to_timm(state, found_layout)
     # Published files with the backbone alone have the same keys as timm's: they count as timm's.
     return ("dino" if stripped & {"teacher", "student", "backbone"} else "timm"), state
 

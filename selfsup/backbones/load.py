@@ -51,9 +51,9 @@ def load_backbone(
     """A backbone in eval() mode, on the CPU, with the weights of `target`.
 
     target: a run folder, a checkpoint folder, an exported (or any timm) folder, a .safetensors file, or a .pth file of
-    dino, dinov2 or timm; `RUN@student` is short for branch="student". name: the timm architecture, where the file
-    does not tell. pos_interp, mean, std: default to what was recorded, else to what the project of the file's layout
-    used. timm_options: win over what was recorded; another `img_size` resamples the position embedding.
+    dino, dinov2, SegFormer, PVT v2 or timm; `RUN@student` is short for branch="student". name: the timm architecture,
+    where the file does not tell. pos_interp, mean, std: default to what was recorded, else to what the project of the
+    file's layout used. timm_options: win over what was recorded; another `img_size` resamples the position embedding.
     pyramid: maps of strides 4, 8, 16 and 32 as the output (see `selfsup.backbones.pyramid`), also of a ViT.
 
     Prints the matched tensors, n/m, on stderr; m counts those of the model and those of the file that are neither in
@@ -302,6 +302,11 @@ def _load(backbone: Backbone, source: _Source, target: str, allow_partial: bool)
     model = backbone.model
     own = model.state_dict()
     state = _adapt(dict(source.state), own, backbone, source.grid)
+    if "deformable" in backbone.options and not any(".offset." in key for key in state):
+        from selfsup.backbones.deformable import offsets
+
+        print(f"{target}: of a net whose convolutions do not deform: offsets begin at zero", file=sys.stderr)
+        state |= {key: torch.zeros_like(own[key]) for key in offsets(model)}
     fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     missing, unknown = _unmatched(state, own)
     n, m = len(fits), len(fits) + len(missing) + len(unknown)

@@ -78,6 +78,11 @@ class BYOT(nn.Module):
         self.random = key_stochastic_layers(self.student, config.seed)
         self.batch_statistics = has_batch_statistics(self.student)
 
+    @staticmethod
+    def suits(backbone: Backbone) -> None:
+        """Raise UserError for one that has no stages for exits of their own."""
+        _exit_layers(backbone, BYOTOptions())
+
     def views(self) -> list[View]:
         """Global crops alone."""
         return self._views

@@ -113,7 +113,7 @@ class CAPI(nn.Module):
         if not self._views:
             raise UserError("views.global.count=0: method=capi predicts parts of global views; give 1")
         backbone = build_backbone(config)
-        check_maskable(backbone, "method=capi")
+        self.suits(backbone)
         self.grid = backbone.token_grid(config.views.global_.size)
         self.patches = self.grid[0] * self.grid[1]
         self.hidden = min(max(1, int(self.patches * options.mask_ratio)), self.patches - 1)
@@ -134,6 +134,11 @@ class CAPI(nn.Module):
         self.teacher = Network(momentum_copy(backbone), Clusters(backbone.embed_dim, options.clusters))
         self.random = key_stochastic_layers(self.student, config.seed)
         self.batch_statistics = has_batch_statistics(self.student)
+
+    @staticmethod
+    def suits(backbone: Backbone) -> None:
+        """Raise UserError for one whose patches cannot be hidden."""
+        check_maskable(backbone, "method=capi")
 
     def views(self) -> list[View]:
         """Global crops alone."""

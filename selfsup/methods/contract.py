@@ -79,6 +79,7 @@ class Method(Protocol):
     #   bind(source, views)      called once before the first step, on every rank, with the data and the views in use
     #   classifiers_from(config, state)     class method: `classifiers` of a checkpoint, in eval mode, without the teacher
     #   rate_of(name, parameter) the name of the schedule that is this parameter's learning rate; 'lr' is the trainer's own
+    #   suits(backbone)          static method: UserError for a backbone that it cannot train; `selfsup backbones` asks it as well
     #   further()                more backbones by name, for RUN/backbones/NAME and the evaluations of backbones
 
     def schedules(self, plan: Plan) -> dict[str, Schedule]:

@@ -112,11 +112,7 @@ class DeiT(nn.Module):
             )
         size = config.views.global_.size
         backbone = create_backbone(config.backbone, mean=config.mean, std=config.std, input_size=size)
-        if not hasattr(backbone.model, "dist_token"):
-            raise UserError(
-                f"backbone.name={backbone.name}: has no distillation token; method=deit needs one of timm's *_distilled, as in "
-                "backbone=deit_tiny_distilled_patch16_224"
-            )
+        self.suits(backbone)
         backbone.check_size(size)
         self.student = DistilledNet(backbone, self.classes)
         self.teacher: DistilledNet | None = None
@@ -136,6 +132,15 @@ class DeiT(nn.Module):
         """The data are known: open the cache."""
         check_ranks(self, self.frozen)
         self.cache = open_cache(self.config, self.frozen, self.wanted, source, views, self.options.temperature)
+
+    @staticmethod
+    def suits(backbone: Backbone) -> None:
+        """Raise UserError for one without a distillation token."""
+        if not hasattr(backbone.model, "dist_token"):
+            raise UserError(
+                f"backbone.name={backbone.name}: has no distillation token; method=deit needs one of timm's *_distilled, as in "
+                "backbone=deit_tiny_distilled_patch16_224"
+            )
 
     def views(self) -> list[View]:
         """The global views; student and teacher see each."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from selfsup import dist
 from selfsup.backbones import Backbone
+from selfsup.backbones.masked import check_maskable
 from selfsup.backbones.stochastic import key_stochastic_layers
 from selfsup.config import Config, Duration, Positive, Probability, Section
 from selfsup.data.views import View, multicrop
@@ -30,8 +31,16 @@ from selfsup.losses.sinkhorn import sinkhorn_knopp
 from selfsup.methods.contract import Labels, ViewBatch
 from selfsup.methods.gram import GramTeacher
 from selfsup.methods.gram import schedules as gram_schedules
-from selfsup.methods.network import Network, gather_images, has_batch_statistics, momentum_copy, spread
-from selfsup.methods.patches import Heads, draw_masks, maskable_backbone, student_features, student_losses, tokens_of
+from selfsup.methods.network import (
+    Network,
+    build_backbone,
+    check_views,
+    gather_images,
+    has_batch_statistics,
+    momentum_copy,
+    spread,
+)
+from selfsup.methods.patches import Heads, draw_masks, student_features, student_losses, tokens_of
 from selfsup.methods.prototypes import prototype_schedules
 from selfsup.schedules import Plan, Schedule
 
@@ -92,7 +101,9 @@ class DINOv2(nn.Module):
         if config.global_batch < 2 and options.koleo_weight:
             raise UserError(f"global_batch={config.global_batch}: KoLeo keeps images apart; give 2 or more of them")
         self._views = multicrop(config.views)
-        backbone = maskable_backbone(config, "DINOv2")
+        check_views(config, "DINOv2")
+        backbone = build_backbone(config)
+        self.suits(backbone)
         o = options
 
         def head(out_dim: int, bottleneck_dim: int) -> DINOHead:
@@ -110,6 +121,11 @@ class DINOv2(nn.Module):
         self.gram = GramTeacher(self.teacher.backbone) if o.gram_weight else None
         self.random = key_stochastic_layers(self.student, config.seed)
         self.batch_statistics = has_batch_statistics(self.student)
+
+    @staticmethod
+    def suits(backbone: Backbone) -> None:
+        """Raise UserError for one whose patches cannot be hidden."""
+        check_maskable(backbone, "DINOv2")
 
     def views(self) -> list[View]:
         """Global crops, then local ones."""

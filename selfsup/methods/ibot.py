@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from selfsup import dist
 from selfsup.backbones import Backbone
+from selfsup.backbones.masked import check_maskable
 from selfsup.backbones.stochastic import key_stochastic_layers
 from selfsup.config import Config, Duration, Positive, Probability, Section
 from selfsup.data.views import View, multicrop
@@ -25,8 +26,8 @@ from selfsup.heads import DINOHead
 from selfsup.losses.dino import teacher_health, teacher_probabilities
 from selfsup.losses.numerics import at_least_float32
 from selfsup.methods.contract import Labels, ViewBatch
-from selfsup.methods.network import Network, has_batch_statistics, momentum_copy, spread
-from selfsup.methods.patches import Heads, draw_masks, maskable_backbone, student_features, student_losses, tokens_of
+from selfsup.methods.network import Network, build_backbone, check_views, has_batch_statistics, momentum_copy, spread
+from selfsup.methods.patches import Heads, draw_masks, student_features, student_losses, tokens_of
 from selfsup.methods.prototypes import move_center, prototype_schedules
 from selfsup.schedules import Plan, Schedule, linear
 
@@ -85,7 +86,9 @@ class IBOT(nn.Module):
         if options.mask_ratio[0] > options.mask_ratio[1]:
             raise UserError(f"method.mask_ratio={list(options.mask_ratio)}: give the lower share first")
         self._views = multicrop(config.views)
-        backbone = maskable_backbone(config, "iBOT")
+        check_views(config, "iBOT")
+        backbone = build_backbone(config)
+        self.suits(backbone)
         o = options
 
         def head(out_dim: int) -> DINOHead:
@@ -109,6 +112,11 @@ class IBOT(nn.Module):
         self.register_buffer("batch_sum", torch.zeros_like(self.center), persistent=False)
         self.register_buffer("patch_sum", torch.zeros_like(self.patch_center), persistent=False)
         self.register_buffer("batch_count", torch.zeros(()), persistent=False)
+
+    @staticmethod
+    def suits(backbone: Backbone) -> None:
+        """Raise UserError for one whose patches cannot be hidden."""
+        check_maskable(backbone, "iBOT")
 
     def views(self) -> list[View]:
         """Global crops, then local ones."""

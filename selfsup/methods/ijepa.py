@@ -68,7 +68,7 @@ class IJEPA(nn.Module):
         if not self._views:
             raise UserError("views.global.count=0: method=ijepa predicts parts of global views; give 1")
         backbone = build_backbone(config)
-        check_maskable(backbone, "method=ijepa")
+        self.suits(backbone)
         self.grid = backbone.token_grid(config.views.global_.size)
         heads = options.predictor_heads or int(backbone.model.blocks[0].attn.num_heads)  # type: ignore[union-attr, index]
         if options.predictor_dim % heads or options.predictor_dim % 4:
@@ -83,6 +83,11 @@ class IJEPA(nn.Module):
         self.teacher = Network(momentum_copy(backbone), nn.Identity())
         self.random = key_stochastic_layers(self.student, config.seed)
         self.batch_statistics = has_batch_statistics(self.student)
+
+    @staticmethod
+    def suits(backbone: Backbone) -> None:
+        """Raise UserError for one whose patches cannot be hidden."""
+        check_maskable(backbone, "method=ijepa")
 
     def views(self) -> list[View]:
         """Global crops alone."""

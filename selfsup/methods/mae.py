@@ -83,9 +83,7 @@ class MAE(nn.Module):
         self.options, self.seed = options, config.seed
         self._views = multicrop(config.views)
         backbone = build_backbone(config)
-        check_maskable(backbone, "MAE")
-        if backbone.model.attn_pool is not None:
-            raise UserError("backbone.global_pool: MAE trains tokens, no pooling by attention; use token or avg")
+        self.suits(backbone)
         if options.decoder_dim % options.decoder_heads:
             raise UserError(
                 f"method.decoder_dim={options.decoder_dim} is not a multiple of decoder_heads={options.decoder_heads}"
@@ -100,6 +98,13 @@ class MAE(nn.Module):
         self.student: Network = Network(backbone, head)
         self.random: StochasticKeys | None = key_stochastic_layers(self.student, config.seed)
         self.batch_statistics = has_batch_statistics(self.student)
+
+    @staticmethod
+    def suits(backbone: Backbone) -> None:
+        """Raise UserError for one whose patches cannot be left out, or that pools by what MAE would not train."""
+        check_maskable(backbone, "MAE")
+        if backbone.model.attn_pool is not None:
+            raise UserError("backbone.global_pool: MAE trains tokens, no pooling by attention; use token or avg")
 
     def views(self) -> list[View]:
         """Global crops, then local ones."""

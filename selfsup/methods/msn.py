@@ -79,7 +79,7 @@ class MSN(nn.Module):
                 "a global view with others, which it masks; give at least one global view and two in all"
             )
         backbone = build_backbone(config)
-        check_maskable(backbone, "method=msn")
+        self.suits(backbone)
         self.grid = backbone.token_grid(config.views.global_.size)
         self.kept = max(1, int(self.grid[0] * self.grid[1] * (1 - options.mask_ratio)))
         dims = [backbone.embed_dim, *[options.hidden_dim] * (options.head_layers - 1), options.output_dim]
@@ -89,6 +89,11 @@ class MSN(nn.Module):
         nn.init.uniform_(self.prototypes, -(options.output_dim**-0.5), options.output_dim**-0.5)
         self.random = key_stochastic_layers(self.student, config.seed)
         self.batch_statistics = has_batch_statistics(self.student)
+
+    @staticmethod
+    def suits(backbone: Backbone) -> None:
+        """Raise UserError for one whose patches cannot be hidden."""
+        check_maskable(backbone, "method=msn")
 
     def views(self) -> list[View]:
         """The target, global anchors, local anchors."""

@@ -7,14 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from selfsup.backbones import Backbone, Features
-from selfsup.backbones.masked import check_maskable, final_norm
+from selfsup.backbones.masked import final_norm
 from selfsup.backbones.stochastic import StochasticKeys
-from selfsup.config import Config
 from selfsup.data.masks import Masks, block_masks, ratios
 from selfsup.heads import DINOHead
 from selfsup.losses.ibot import patch_loss
 from selfsup.methods.contract import ViewBatch
-from selfsup.methods.network import build_backbone, check_views, drawing
+from selfsup.methods.network import drawing
 from selfsup.methods.prototypes import views_loss
 
 
@@ -31,14 +30,6 @@ class Heads(nn.Module):
     def of_patches(self) -> DINOHead:
         """`patch`, or the shared one."""
         return self.cls if self.patch is None else self.patch
-
-
-def maskable_backbone(config: Config, method: str) -> Backbone:
-    """The backbone of a configuration. Raises UserError if patches cannot be masked or there are not two views."""
-    check_views(config, method)
-    backbone = build_backbone(config)
-    check_maskable(backbone, method)
-    return backbone
 
 
 def draw_masks(

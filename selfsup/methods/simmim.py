@@ -68,23 +68,29 @@ class SimMIM(nn.Module):
         self.options, self.seed = options, config.seed
         self._views = multicrop(config.views)
         backbone = build_backbone(config)
-        self.embeds = isinstance(backbone.model, VisionTransformer)  # patches, that a token can stand for
-        if self.embeds:
-            check_maskable(backbone, "SimMIM")
+        self.suits(backbone)
+        self.embeds = _embeds(backbone)
         self.stride = backbone.stride
         for view in self._views:
             self._check(view.size, backbone.name)
-        depth, height, width = map_shapes(backbone, [])[0]
-        if backbone.image_size != (height * self.stride, width * self.stride):
-            raise UserError(
-                f"backbone.name={backbone.name}: its last map, {height}x{width} for images of {backbone.image_size} pixels, is "
-                "no grid of squares, which SimMIM predicts; choose another backbone"
-            )
+        depth = map_shapes(backbone, [])[0][0]
         pixels = self.stride**2 * backbone.in_chans
         head = Predictor(depth, pixels, backbone.embed_dim if self.embeds else backbone.in_chans)
         self.student = Network(backbone, head)
         self.random = key_stochastic_layers(self.student, config.seed)
         self.batch_statistics = has_batch_statistics(self.student)
+
+    @staticmethod
+    def suits(backbone: Backbone) -> None:
+        """Raise UserError for one whose last map is no grid of squares of its images, or whose patches are mixed too early."""
+        if _embeds(backbone):
+            check_maskable(backbone, "SimMIM")
+        stride, (_, height, width) = backbone.stride, map_shapes(backbone, [])[0]
+        if backbone.image_size != (height * stride, width * stride):
+            raise UserError(
+                f"backbone.name={backbone.name}: its last map, {height}x{width} for images of {backbone.image_size} pixels, is "
+                "no grid of squares, which SimMIM predicts; choose another backbone"
+            )
 
     def views(self) -> list[View]:
         """Global crops, then local ones."""
@@ -160,3 +166,8 @@ class SimMIM(nn.Module):
     def classifiers(self) -> dict[str, nn.Module]:
         """None."""
         return {}
+
+
+def _embeds(backbone: Backbone) -> bool:
+    """Whether it has patches that a token can stand for."""
+    return isinstance(backbone.model, VisionTransformer)
