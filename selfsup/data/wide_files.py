@@ -60,7 +60,9 @@ def read_png(data: bytes) -> np.ndarray:
 
 def open_tiff(data: bytes) -> Any:
     """tifffile's `TiffFile`. Raises UserError without it, and what tifffile raises for what is none."""
-    return _needed("tifffile", "TIFF files of many bands or of 16-bit colour").TiffFile(io.BytesIO(data))
+    tifffile = _needed("tifffile", "TIFF files of many bands or of 16-bit colour")
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file is said once, with its name
+    return tifffile.TiffFile(io.BytesIO(data))
 
 
 def read_tiff(data: bytes, max_pixels: int) -> np.ndarray:
