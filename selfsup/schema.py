@@ -82,7 +82,7 @@ class DataConfig(Section):
     """Where images come from and how their values are read."""
 
     path: str = "demo"
-    """Folder, file list (.txt), `torchvision:NAME:ROOT`, `timm:NAME:ROOT`, or `demo` (bundled Fashion-MNIST)."""
+    """Folder, file list (.txt), stack (.npy), `torchvision:NAME:ROOT`, `timm:NAME:ROOT`, or `demo` (bundled Fashion-MNIST)."""
     val: str | None = None
     classes: Positive | None = None
     """Of the labels 0, 1, 2, ...; default: as many as the data has, where the method learns from labels."""

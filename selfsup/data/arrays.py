@@ -21,7 +21,7 @@ ValueRange = Limits | Sequence[Limits]
 
 WHITE = (255, 255, 255)
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601-2, as PIL's "L"
-TYPES = {8: np.uint8, 16: np.uint16}
+TYPES: dict[int, type[np.uint8] | type[np.uint16]] = {8: np.uint8, 16: np.uint16}
 """Of levels, by depth."""
 
 

@@ -1,5 +1,6 @@
 """Images of more than 8 bits or four channels: what is stored comes out, at the depth and range that were asked for."""
 
+import copy
 import io
 import struct
 import zlib
@@ -208,3 +209,36 @@ def test_dicom():
     slope.save_as(buffer)
     inverted = decode(buffer.getvalue(), 1, depth=16).astype(int)
     assert np.abs(inverted + decode(path, 1, depth=16).astype(int) - 65535).max() <= 1
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW", "NHW"])
+def test_a_stack_in_one_file(tmp_path, deep, layout):
+    """Mapped, with labels beside it; the same images as from files of their own, in another process too."""
+    images = np.stack([deep[:30, i : i + 30] for i in range(6)])
+    stack = {"NHWC": images, "NCHW": images.transpose(0, 3, 1, 2), "NHW": images[..., 0]}[layout]
+    np.save(tmp_path / "x.npy", stack)
+    channels = 1 if layout == "NHW" else 3
+    source = open_source(str(tmp_path / "x.npy"), channels=channels, config=DataConfig(depth=16))
+    assert len(source) == 6 and source.labels is None
+    again = copy.deepcopy(source)  # as another process gets it
+    for i in range(6):
+        assert (source.read(i) == images[i][:, :, :channels]).all() and (again.read(i) == source.read(i)).all()
+    np.save(tmp_path / "x.labels.npy", np.arange(6) % 2)
+    assert open_source(str(tmp_path / "x.npy"), channels=channels).labels.tolist() == [0, 1] * 3
+    np.save(tmp_path / "x.labels.npy", np.arange(5))
+    with pytest.raises(UserError, match=r"x.labels.npy is int64 \[5\]"):
+        open_source(str(tmp_path / "x.npy"), channels=channels)
+
+
+def test_stacks_that_are_none(tmp_path):
+    np.save(tmp_path / "objects.npy", np.array([{}, []], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "flat.npy", np.zeros(5))
+    whole = npy(np.zeros((4, 8, 8), np.uint8))
+    (tmp_path / "cut.npy").write_bytes(whole[:200])
+    for name, said in (
+        ("objects", "cannot be read as an array"),
+        ("flat", r"shape \[5\]"),
+        ("cut", "cannot be read as an array"),
+    ):
+        with pytest.raises(UserError, match=said):
+            open_source(str(tmp_path / f"{name}.npy"), channels=1)
