@@ -10,6 +10,7 @@ from PIL import Image
 from selfsup import config as configuration
 from selfsup import dist
 from selfsup.config import Config
+from selfsup.data.arrays import eight_bits
 from selfsup.data.batch import BatchMaker, Split
 from selfsup.data.sheet import sheet, write_sheet
 from selfsup.data.sources import BadImage, Source, open_source
@@ -64,7 +65,7 @@ def _open(target: str, training: dict[str, Any]) -> tuple[Config, Path]:
 def _original(source: Source, index: int) -> Image.Image:
     """Image `index` as it is decoded; of more than three channels the first three. Grey where it cannot be read."""
     try:
-        image = source.read(index)
+        image = eight_bits(source.read(index))
     except BadImage:
         return Image.new("RGB", (32, 32), "#888888")
     if isinstance(image, Image.Image):

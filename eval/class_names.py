@@ -49,7 +49,11 @@ def open_val(
             f"classify {target.name}: no val images; give eval.val=FOLDER, or data=FOLDER (all of it is classified)"
         )
     base = run.data if run is not None else DataConfig()
-    given = {k: v for k in ("value_range", "max_pixels") if (v := getattr(settings.data, k)) is not None}
+    given = {
+        k: v
+        for k in ("value_range", "max_pixels", "depth", "background")
+        if (v := getattr(settings.data, k)) is not None
+    }
     options = base.model_copy(update=given)
     val = "demo:train" if val == "demo" else val
     if train is not None or names is None:

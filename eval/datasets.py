@@ -46,7 +46,8 @@ class Images:
         """
         digest = hashlib.sha256(self.fingerprint().encode())
         config = self.source.config
-        digest.update(f"{self.source.channels} {config.value_range} {config.max_pixels}\n".encode())
+        how = "" if config.depth == 8 and min(config.background) == 255 else f" {config.depth} {config.background}"
+        digest.update(f"{self.source.channels} {config.value_range} {config.max_pixels}{how}\n".encode())
         whole = _stat(os.path.expanduser(self.spec))
         digest.update(str(whole).encode())
         if len(self) and _stat(self.source.name(int(self.indices[0]))) is not None:
@@ -185,7 +186,11 @@ def specs(target: Target, settings: FeatureSettings) -> tuple[str, str | None]:
 
 def data_options(target: Target, settings: ImageSettings) -> DataConfig:
     base = target.config.data if target.config is not None else DataConfig()
-    given = {k: v for k in ("value_range", "max_pixels") if (v := getattr(settings.data, k)) is not None}
+    given = {
+        k: v
+        for k in ("value_range", "max_pixels", "depth", "background")
+        if (v := getattr(settings.data, k)) is not None
+    }
     return base.model_copy(update=given)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from selfsup import dist
 from selfsup.backbones import Backbone
+from selfsup.data.arrays import eight_bits
 from selfsup.data.base import Source
 from selfsup.data.batch import pixel_size
 from selfsup.data.eval_transform import resized
@@ -144,7 +145,7 @@ def frame_size(backbone: Backbone, shape: tuple[int, ...], short: int | None) ->
 
 def _read(source: Source, i: int) -> Any:
     try:
-        return source.read(i)
+        return eight_bits(source.read(i))
     except BadImage as error:
         raise UserError(f"{source.name(i)}: cannot be read: {error}") from None
 

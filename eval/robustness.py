@@ -8,6 +8,7 @@ import numpy as np
 
 from selfsup import dist
 from selfsup.config import suggest
+from selfsup.data.arrays import eight_bits
 from selfsup.data.decode import BadImage
 from selfsup.data.eval_transform import eval_crop
 from selfsup.data.sources import Source, Subset
@@ -34,12 +35,13 @@ class Corrupted(Subset):
 
     def __init__(self, source: Source, transform: Transform, name: str, strength: str, seed: int) -> None:
         super().__init__(source, np.arange(len(source)))
+        self.config = source.config.model_copy(update={"depth": 8})  # corruptions know 8 bits alone
         self.transform, self.how, self.seed = transform, (name, strength), seed
 
     def read(self, i: int) -> np.ndarray:
         """uint8 [S, S, C]."""
         t = self.transform
-        pixels = eval_crop(self.source.read(i), t.size, t.resize, t.interpolation)
+        pixels = eval_crop(eight_bits(self.source.read(i)), t.size, t.resize, t.interpolation)
         return corrupted(pixels, *self.how, generator(_DRAW, self.seed, list(CORRUPTIONS).index(self.how[0]), i))
 
 
@@ -111,7 +113,7 @@ def _draw(val: Images, transform: Transform, table: list[dict[str, Any]], seed: 
     figure = new_figure(1.35 * (len(names) + 1), 3.5)
     grid = figure.subplots(2, len(names) + 1, squeeze=False)
     first = next(int(i) for i in val.indices if _readable(val.source, int(i)))
-    pixels = eval_crop(val.source.read(first), transform.size, transform.resize, transform.interpolation)
+    pixels = eval_crop(eight_bits(val.source.read(first)), transform.size, transform.resize, transform.interpolation)
     bare(grid[0, 0], f"clean\n{table[0]['top1']:.1%}")
     grid[0, 0].imshow(rgb(pixels))
     bare(grid[1, 0])

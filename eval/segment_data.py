@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from selfsup.data.arrays import ValueRange
 from selfsup.data.decode import BadImage, decode, read_file
 from selfsup.errors import UserError
 
@@ -46,7 +47,7 @@ class Reader:
 
     channels: int
     max_pixels: int
-    value_range: tuple[float, float] | None
+    value_range: ValueRange | None
     classes: Classes
 
     def image(self, path: Path) -> np.ndarray:

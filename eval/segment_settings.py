@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from selfsup.config import Duration, Positive, Range, Section, expand_short_forms
+from selfsup.config import Duration, Positive, Section, ValueRange, expand_short_forms
 
 from .many import Many
 
@@ -19,7 +19,8 @@ class SegmentData(Section):
 
     path: str | None = None
     val: str | None = None
-    value_range: Range | None = None
+    value_range: ValueRange | None = None
+    """To the 8 bits that segmentation works on."""
     max_pixels: Positive = 100_000_000
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from selfsup import config
-from selfsup.config import Positive, Probability, Range, Section
+from selfsup.config import Level, Positive, Probability, Section, ValueRange
 from selfsup.errors import UserError
 
 from .many import Many
@@ -45,8 +45,10 @@ class EvalData(Section):
 
     path: str | None = None
     val: str | None = None
-    value_range: Range | None = None
+    value_range: ValueRange | None = None
     max_pixels: Positive | None = None
+    depth: Literal[8, 16] | None = None
+    background: tuple[Level, Level, Level] | None = None
 
 
 class ImageSettings(Section):

@@ -54,6 +54,8 @@ def settings(config: Config, task: str) -> list[str]:
         "eval.val": config.eval.val or config.data.val,
         "data.value_range": config.data.value_range,
         "data.max_pixels": config.data.max_pixels,
+        "data.depth": config.data.depth,
+        "data.background": config.data.background,
         "size": config.views.global_.size,
         "max_train": config.eval.max_train,
         "workers": config.workers,

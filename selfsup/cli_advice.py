@@ -1,4 +1,4 @@
-"""The verbs that give advice: doctor and backbones, before a run; health, during and after it. Registered in `selfsup.cli`."""
+"""The verbs that give advice: doctor, stats and backbones, before a run; health, during and after it. See `selfsup.cli`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -43,6 +43,51 @@ def register(app: typer.Typer) -> None:
         from selfsup import catalogue
 
         catalogue.run(pattern, size=size, as_json=as_json, names=names)
+
+    @app.command()
+    def stats(
+        data: Annotated[
+            str, typer.Argument(help="What data= would be: a folder, a list, a .zip, demo, torchvision:NAME:ROOT.")
+        ],
+        channels: Annotated[
+            int | None, typer.Option(min=1, help="Read as so many channels; default: as most images are stored.")
+        ] = None,
+        sample: Annotated[
+            int | None, typer.Option(min=1, help="Only so many images, a seeded choice; default: all.")
+        ] = None,
+        clip: Annotated[
+            tuple[float, float], typer.Option(help="Percentiles of the proposed value range of what is not 8 bit.")
+        ] = (0.1, 99.9),
+        nodata: Annotated[
+            float | None, typer.Option(help="A value that stands for nothing; default: what a GeoTIFF names.")
+        ] = None,
+        background: Annotated[
+            tuple[int, int, int], typer.Option(help="Red, green, blue under transparent pixels, as data.background.")
+        ] = (255, 255, 255),
+        workers: Annotated[int, typer.Option(min=0, help="Processes.")] = 2,
+        out: Annotated[Path | None, typer.Option(help="Write the recipe's keys to this YAML file.")] = None,
+        picture: Annotated[
+            Path | None, typer.Option(help="Draw a histogram of each channel; default beside --out.")
+        ] = None,
+        as_json: Annotated[bool, typer.Option("--json", help="One object, for programs.")] = False,
+    ) -> None:
+        """Mean, spread, range and percentiles of each channel as it is stored, and the keys of a recipe that follow from them."""
+        from selfsup.eval import stats as counting
+
+        if picture is None and out is not None:
+            picture = out.with_suffix(".png")
+        counting.run(
+            data,
+            channels=channels,
+            sample=sample,
+            clip=clip,
+            nodata=nodata,
+            background=background,
+            workers=workers,
+            out=out,
+            picture=picture,
+            as_json=as_json,
+        )
 
     @app.command()
     def health(

@@ -31,7 +31,7 @@ def initialise(method: Any, config: Config) -> None:
         if role not in ("student", "teacher"):  # a further student is another architecture
             continue
         own: Branch = "student" if role == "student" and config.init_from.heads == "load" else "teacher"
-        load_into(backbone, path, branch=own)
+        load_into(backbone, path, branch=own, channels="adapt")
         if config.init_from.heads == "load":
             _load_head(getattr(method, role).head, _heads(Path(path), own), path)
 

@@ -193,6 +193,11 @@ class Run:
             f"data {c.data.path}: {len(self.source):,} images · "
             f"{self.plan.steps:,} steps = {self.plan.epoch(self.plan.steps):.4g} epochs"
         )
+        if (channels := c.backbone.in_chans) != 3 and (given := c.views.colour_keys()):
+            note(
+                f"images of {channels} channels: {', '.join(given)} need colour and are left out; "
+                "brightness, contrast, blur and solarization work on each channel alone"
+            )
         note(
             f"global batch {c.global_batch} = {dist.world()} processes x {c.accumulate} accumulated x {per_device} · "
             f"learning rate {peak_learning_rate(c):.3g} ({rule})"

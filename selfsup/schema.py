@@ -44,6 +44,17 @@ Duration = Annotated[str, AfterValidator(_check_duration)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0, le=10**15)]
 Range = tuple[float, float]
+
+
+def _rising(value: Any) -> Any:
+    """Two numbers low < high, or such a pair a channel."""
+    pairs = [value] if value and not isinstance(value[0], tuple) else list(value)
+    if not pairs or any(not low < high for low, high in pairs):
+        raise ValueError("a value range is two numbers, low < high, or one such pair a channel")
+    return value
+
+
+ValueRange = Annotated[Range | tuple[Range, ...], AfterValidator(_rising)]
 Level = Annotated[int, Field(ge=0, le=255)]
 Shortcut = Literal["packed", "cls", "prototypes", "heap"]
 
@@ -71,15 +82,20 @@ class DataConfig(Section):
     """Where images come from and how their values are read."""
 
     path: str = "demo"
-    """Folder, file list (.txt), `torchvision:NAME:ROOT`, `timm:NAME:ROOT`, or `demo` (bundled Fashion-MNIST)."""
+    """Folder, file list (.txt), stack (.npy), `torchvision:NAME:ROOT`, `timm:NAME:ROOT`, or `demo` (bundled Fashion-MNIST)."""
     val: str | None = None
     classes: Positive | None = None
     """Of the labels 0, 1, 2, ...; default: as many as the data has, where the method learns from labels."""
     mean: tuple[float, ...] | None = None
     """Per channel, of values in [0, 1]. Default: ImageNet's for 3 channels, else 0.5."""
     std: tuple[float, ...] | None = None
-    value_range: Range | None = None
-    """(low, high) of arrays that are not 8 bit; default by type: uint16 0..65535, float 0..1."""
+    value_range: ValueRange | None = None
+    """(low, high) of images that are not 8 bit, or one pair a channel; default by type: uint16 0..65535, float 0..1. What lies
+    outside is cut; `selfsup stats DATA` proposes one."""
+    depth: Literal[8, 16] = 8
+    """Bits that the value range is divided into: crops move as so many."""
+    background: tuple[Level, Level, Level] = (255, 255, 255)
+    """Red, green and blue under transparent pixels, unless alpha is a channel (backbone.in_chans=4)."""
     copies: Positive = 1
     """Repeated augmentation (Hoffer et al., 2020): so many copies of an image follow one another in the batches, each augmented
     in its own way. An epoch stays as long, and sees so many times fewer images; the next ones see those that are left."""
@@ -162,6 +178,11 @@ class Crops(Section):
                 )
         return self
 
+    def highest(self, key: str) -> float:
+        """The largest probability `key` of any view."""
+        value = getattr(self, key)
+        return max(value) if isinstance(value, tuple) else value
+
     def probability(self, key: str, view: int) -> float:
         """The probability `key` of the view with this index."""
         value = getattr(self, key)
@@ -173,6 +194,13 @@ class ViewsConfig(Section):
 
     global_: Crops = Field(default=Crops(blur=(1.0, 0.1), solarize=(0.0, 0.2)), alias="global")
     local: Crops = Crops(count=8, size=96, scale=(0.05, 0.4))
+
+    def colour_keys(self) -> list[str]:
+        """What is on, but is for images of three channels alone."""
+        kinds = [crops for crops in (self.global_, self.local) if crops.count]
+        jittered = [c for c in kinds if c.highest("jitter") > 0]
+        found = [key for key in ("saturation", "hue") if any(getattr(c, key) for c in jittered)]
+        return found + (["grayscale"] if any(c.highest("grayscale") > 0 for c in kinds) else [])
 
     @model_validator(mode="before")
     @classmethod
@@ -504,11 +532,17 @@ class Config(Section):
             value = getattr(self.data, key)
             if value is not None and len(value) != self.backbone.in_chans:
                 raise ValueError(f"data.{key} has {len(value)} values for backbone.in_chans={self.backbone.in_chans}")
-        channels = self.backbone.in_chans
+        channels, ranges = self.backbone.in_chans, self.data.value_range
+        if ranges is not None and isinstance(ranges[0], tuple) and len(ranges) != channels:
+            raise ValueError(f"data.value_range has {len(ranges)} ranges for backbone.in_chans={channels}")
         for kind, crops in (("global", self.views.global_), ("local", self.views.local)):
             if crops.policy != "none" and channels not in (1, 3):
                 raise ValueError(
                     f"views.{kind}.policy={crops.policy} is for images of 1 or 3 channels; seen backbone.in_chans={channels}"
+                )
+            if crops.policy != "none" and self.data.depth != 8:
+                raise ValueError(
+                    f"views.{kind}.policy={crops.policy} works on 8 bits; use data.depth=8, or views.{kind}.policy=none"
                 )
             if crops.lighting and channels != 3:
                 raise ValueError(

@@ -108,6 +108,32 @@ def test_heads_alone_at_first(images: Path, run: Path, tmp_path: Path) -> None:
     assert moved
 
 
+@pytest.mark.parametrize("channels", [1, 4, 13])
+def test_another_number_of_channels(images: Path, run: Path, channels: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Colour weights start a network for 1, 4 or 13 channels, a grey one giving what it gave in colour; it is said."""
+    grey = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    config = methods.complete(
+        tiny_config("dino", f"data={images}", "precision=fp32", f"backbone.in_chans={channels}", f"init_from={run}")
+    )
+    method = methods.create(config).eval()
+    initialise(method, config)
+    assert (
+        f"is for 3 channels: {'summed' if channels == 1 else f'repeated and scaled by 3/{channels}'}"
+        in capsys.readouterr().err
+    )
+    colour = selfsup.load_backbone(run)
+    with torch.no_grad():
+        before = colour(grey.expand(-1, 3, -1, -1)).pooled
+        after = method.backbones()["student"](grey.expand(-1, channels, -1, -1)).pooled
+    if channels == 1:
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+    kernel = method.state_dict()["student.backbone.model.patch_embed.proj.weight"]
+    old = colour.model.state_dict()["patch_embed.proj.weight"]
+    for c in range(channels):
+        expected = old.sum(1) if channels == 1 else old[:, c % 3] * 3 / channels
+        torch.testing.assert_close(kernel[:, c], expected)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -8,7 +8,7 @@ import sys
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from selfsup import config as configuration
 from selfsup.backbones.backbone import Backbone, _pair
+from selfsup.backbones.channels import adapt_channels
 from selfsup.backbones.create import OWNED, build, create_backbone, wrap
 from selfsup.backbones.infer import infer
 from selfsup.backbones.keys import HEADS, Branch, State, convert
@@ -71,11 +72,19 @@ def load_backbone(
 
 
 def load_into(
-    backbone: Backbone, target: str | Path, *, allow_partial: bool = False, branch: Branch = "teacher"
+    backbone: Backbone,
+    target: str | Path,
+    *,
+    allow_partial: bool = False,
+    branch: Branch = "teacher",
+    channels: Literal["same", "adapt"] = "same",
 ) -> tuple[int, int]:
-    """Put the weights of `target` (see `load_backbone`) into an existing backbone; the matched n and m."""
+    """Put the weights of `target` (see `load_backbone`) into an existing backbone; the matched n and m.
+
+    channels=adapt: weights for 3 channels are made to fit another number (see `channels`).
+    """
     path, branch = _resolve(target, branch)
-    return _load(backbone, _open(path, branch), str(target), allow_partial)
+    return _load(backbone, _open(path, branch), str(target), allow_partial, channels == "adapt")
 
 
 def rebuild(recorded: dict[str, Any], where: str) -> Backbone:
@@ -297,7 +306,9 @@ def read_weights(path: Path) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------- matching
 
 
-def _load(backbone: Backbone, source: _Source, target: str, allow_partial: bool) -> tuple[int, int]:
+def _load(
+    backbone: Backbone, source: _Source, target: str, allow_partial: bool, adapt: bool = False
+) -> tuple[int, int]:
     """Load what fits, say how much, refuse less than everything."""
     model = backbone.model
     own = model.state_dict()
@@ -307,6 +318,8 @@ def _load(backbone: Backbone, source: _Source, target: str, allow_partial: bool)
 
         print(f"{target}: of a net whose convolutions do not deform: offsets begin at zero", file=sys.stderr)
         state |= {key: torch.zeros_like(own[key]) for key in offsets(model)}
+    if adapt:
+        state = adapt_channels(state, model, target)
     fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     missing, unknown = _unmatched(state, own)
     n, m = len(fits), len(fits) + len(missing) + len(unknown)

@@ -9,7 +9,7 @@ import numpy as np
 
 from selfsup.config import DataConfig
 from selfsup.data.base import Names, Source, retried, text
-from selfsup.data.decode import SUFFIXES, BadImage, Pixels, check_bytes, decode
+from selfsup.data.decode import SUFFIXES, BadImage, Pixels, check_bytes
 from selfsup.data.files import is_image
 from selfsup.errors import UserError
 from selfsup.wording import one_line
@@ -66,8 +66,7 @@ class ZipSource(Source):
         return len(self._names)
 
     def read(self, i: int) -> Pixels:
-        data = self._unpack(i)
-        return decode(data, self.channels, self.config.max_pixels, self.config.value_range)
+        return self.decoded(self._unpack(i))
 
     def raw(self, i: int) -> bytes:
         return self._unpack(i)

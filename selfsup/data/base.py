@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from selfsup.config import DataConfig
-from selfsup.data.decode import BadImage, Pixels
+from selfsup.data.arrays import TYPES
+from selfsup.data.decode import BadImage, Pixels, decode
 from selfsup.wording import printable
 
 T = TypeVar("T")
@@ -33,6 +34,15 @@ class Source(ABC):
     def __init__(self, channels: int, config: DataConfig) -> None:
         self.channels, self.config = channels, config
         self.classes = None
+
+    @property
+    def dtype(self) -> type[np.uint8] | type[np.uint16]:
+        """Of the levels that `read` gives."""
+        return TYPES[self.config.depth]
+
+    def decoded(self, data: bytes | str | os.PathLike[str]) -> Pixels:
+        """A file's bytes (or its path) as this source reads them; raises BadImage."""
+        return decode(data, self.channels, **reading(self.config))
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -99,6 +109,11 @@ class Names:
         digest.update(np.diff(np.frombuffer(self._ends, dtype=np.int64)).astype("<i8").tobytes())
         digest.update(self._blob)
         return digest.hexdigest()
+
+
+def reading(config: DataConfig) -> dict[str, Any]:
+    """How `decode` and `from_array` are to read, beside the number of channels."""
+    return {key: getattr(config, key) for key in ("max_pixels", "value_range", "depth", "background")}
 
 
 def text(name: bytes) -> str:

@@ -29,7 +29,7 @@ class Batch:
     """What one rank computes in one micro-batch. B samples; V views of one resolution, C channels, S pixels."""
 
     crops: list[Tensor]
-    """uint8 [V,B,C,S,S] for each resolution, views in order."""
+    """uint8 [V,B,C,S,S] for each resolution, views in order; uint16 with data.depth=16."""
     params: list[Tensor]
     """float32 [V,B,P] for each resolution: `ViewParams` rows."""
     ids: Tensor
@@ -96,7 +96,7 @@ class BatchMaker:
         if self.repeat is not None:
             epochs = epochs % self.repeat
         channels, count = self.source.channels, len(ids)
-        crops = [np.empty((len(g), count, g[0].size, g[0].size, channels), np.uint8) for g in self.groups]
+        crops = [np.empty((len(g), count, g[0].size, g[0].size, channels), self.source.dtype) for g in self.groups]
         params = [np.empty((len(g), count, P), np.float32) for g in self.groups]
         labels = np.full(count, -1, np.int64)
         bad: list[tuple[str, str]] = []
@@ -143,7 +143,10 @@ class BatchMaker:
             return kept
         image = prepare(self.source.read(i))
         height, width = pixel_size(image)
-        if len(self.source) * (height * width * self.source.channels + _OVERHEAD) <= _KEEP:
+        if (
+            len(self.source) * (height * width * self.source.channels * self.source.config.depth // 8 + _OVERHEAD)
+            <= _KEEP
+        ):
             image = image.copy() if isinstance(image, Image.Image) else image  # without the decoder's state
             self._kept[i] = image
         return image

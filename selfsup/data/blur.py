@@ -55,9 +55,10 @@ def _shifts(reach: int, size: int, device: torch.device) -> Tensor:
     return (source[:, :, None] == line).to(torch.float32).flatten(1)
 
 
-def blurred(x: Tensor, matrix: Tensor) -> Tensor:
-    """The same matrix [M,1,S,S] along both axes of [M,C,S,S], to whole levels."""
-    return (matrix @ x @ matrix.transpose(-1, -2)).round_()
+def blurred(x: Tensor, matrix: Tensor, fine: bool = False) -> Tensor:
+    """The same matrix [M,1,S,S] along both axes of [M,C,S,S], to whole levels unless `fine`."""
+    out = matrix @ x @ matrix.transpose(-1, -2)
+    return out if fine else out.round_()
 
 
 def blurred_in_tiles(x: Tensor, sigma: np.ndarray, reach: int) -> Tensor:

@@ -1,4 +1,7 @@
-"""Grey levels and hue of images in whole 8-bit levels (held as float32), as PIL computes them; and the colour of light."""
+"""Grey levels and hue of images in 8-bit levels (held as float32), and the colour of light.
+
+Of whole levels everything is as PIL computes it; `fine` levels have fractions (of 16-bit images), and nothing is rounded.
+"""
 
 import numpy as np
 import torch
@@ -7,10 +10,29 @@ from torch import Tensor
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as PIL's "L"
 
 
-def luma(x: Tensor) -> Tensor:
-    """[N,3,S,S] -> [N,1,S,S], whole levels."""
+def luma(x: Tensor, fine: bool = False) -> Tensor:
+    """[N,3,S,S] -> [N,1,S,S], whole levels unless `fine`."""
     red, green, blue = _LUMA
-    return (x[:, 0:1] * red).add_(x[:, 1:2], alpha=green).add_(x[:, 2:3], alpha=blue).add_(0.5).floor_()
+    out = (x[:, 0:1] * red).add_(x[:, 1:2], alpha=green).add_(x[:, 2:3], alpha=blue)
+    return out if fine else out.add_(0.5).floor_()
+
+
+def turn_hue_fine(x: Tensor, turn: Tensor) -> Tensor:
+    """As `turn_hue` of levels with fractions, in closed form: a channel is value * (1 - saturation * ramp of the hue)."""
+    value, low = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)
+    span = value - low
+    red, green, blue = x[:, 0:1], x[:, 1:2], x[:, 2:3]
+    part = span.clamp(min=1e-6)
+    sixths = torch.where(
+        value == red,
+        (green - blue) / part,
+        torch.where(value == green, 2 + (blue - red) / part, 4 + (red - green) / part),
+    )
+    sixths = torch.remainder(sixths + 6 * turn, 6)
+    ramps = [
+        ((torch.remainder(sixths - centre, 6) - 3).abs() - 1).clamp(0, 1) for centre in (0, 2, 4)
+    ]  # 1: at full value
+    return value - span * (1 - torch.cat(ramps, dim=1))
 
 
 def turn_hue(x: Tensor, turn: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from selfsup.config import DataConfig, suggest
-from selfsup.data.base import Source
-from selfsup.data.decode import BadImage, Pixels, convert, decode, from_array
+from selfsup.data.base import Source, reading
+from selfsup.data.decode import BadImage, Pixels, convert, from_array
 from selfsup.errors import UserError
 from selfsup.wording import one_line
 
@@ -55,20 +55,24 @@ class DatasetSource(Source):
         return self._labels_known or _attribute_labels(self.dataset) is not None
 
     def _convert(self, image: Any) -> Pixels:
-        limit, value_range = self.config.max_pixels, self.config.value_range
+        how = reading(self.config)
         if isinstance(image, Image.Image):
-            if self.channels in (1, 3, 4):
-                return convert(image, self.channels, value_range)
+            deep = self.config.depth != 8 and (image.mode in ("I", "F") or image.mode.startswith("I;16"))
+            if self.channels in (1, 3, 4) and not deep:
+                image = convert(image, self.channels, self.config.value_range, self.config.background)
+                if self.config.depth == 8:
+                    return image
+                how["value_range"] = None  # it is 8 bit by now
             image = np.asarray(image)
         if isinstance(image, torch.Tensor):
             array = (
                 image.detach().cpu().float().numpy() if image.dtype == torch.bfloat16 else image.detach().cpu().numpy()
             )
-            return from_array(array.transpose(1, 2, 0) if array.ndim == 3 else array, self.channels, limit, value_range)
+            return from_array(array.transpose(1, 2, 0) if array.ndim == 3 else array, self.channels, **how)
         if isinstance(image, np.ndarray):
-            return from_array(image, self.channels, limit, value_range)
+            return from_array(image, self.channels, **how)
         if isinstance(image, (bytes, str, os.PathLike)):
-            return decode(image, self.channels, limit, value_range)
+            return self.decoded(image)
         raise UserError(
             f"data: {self._title} gives {type(image).__name__}; a PIL image, tensor, array, bytes or path is needed"
         )

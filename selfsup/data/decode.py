@@ -5,25 +5,32 @@ What becomes of which file:
 - 1, 3 and 4 channels give PIL images of mode L, RGB, RGBA; any other number gives uint8 arrays [H,W,C].
 - The EXIF orientation is applied. Of animations and multi-page files the first picture is used, unless there are as
   many single-band pages as channels: then the pages are the channels.
-- Transparent pixels are composited over white (for 4 channels alpha is kept; files without it get alpha 255).
-- 16-bit and float images and `.npy` arrays ([H,W], [H,W,C] or [C,H,W]) are mapped to 0..255 by `value_range`;
-  its default is 0..65535 for uint16 (and PIL's mode I), 0..1 for floats. Values outside are clipped, NaN becomes the low end.
+- Transparent pixels are composited over white, or over `background` (for 4 channels alpha is kept; files without it get
+  alpha 255).
+- 16-bit and float images and `.npy` arrays ([H,W], [H,W,C] or [C,H,W]) are mapped to levels by `value_range`, 0..255 or,
+  with depth=16, 0..65535; its default is 0..65535 for uint16 (and PIL's mode I), 0..1 for floats, and of a DICOM file its own
+  window. Values outside are clipped, NaN becomes the low end. 8-bit files of depth 16 give 257 times their levels.
+- 16-bit colour (PNG, TIFF) gives all its bits with a `value_range` or depth=16; without, Pillow's upper 8.
 - Grey <-> colour as PIL does: luma of ITU-R 601-2, or the grey value in three channels.
 - A truncated file is refused, never filled with grey.
 """
 
 import io
-import math
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
+from selfsup.data.arrays import WHITE, Limits, ValueRange, oriented, read_npy, to_levels, with_channels
+from selfsup.data.arrays import BadImage as BadImage
+from selfsup.data.arrays import Pixels as Pixels
+from selfsup.data.arrays import to_uint8 as to_uint8
+from selfsup.data.wide_files import is_dicom, is_tiff, png_channels, read_dicom, read_png, read_tiff, upright
 from selfsup.errors import UserError
 from selfsup.wording import one_line
 
@@ -42,30 +49,28 @@ SUFFIXES = (
     ".pgm",
     ".jp2",
     ".avif",
+    ".dcm",
 )
 """What a folder is searched for, in any case."""
-
-Pixels = Image.Image | np.ndarray
-"""A PIL image of mode L, RGB or RGBA, or uint8 [H,W,C]."""
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _MAGIC = ((b"\x89PNG", "PNG"), (b"\xff\xd8", "JPEG"))
 _SYSTEM_ERRORS = (MemoryError, KeyboardInterrupt, SystemExit)
 
 
-class BadImage(Exception):
-    """This image cannot be read; the message is the reason, without the file's name."""
-
-
 def decode(
     source: bytes | str | os.PathLike[str],
     channels: int = 3,
     max_pixels: int = 100_000_000,
-    value_range: tuple[float, float] | None = None,
+    value_range: ValueRange | None = None,
+    *,
+    depth: int = 8,
+    background: Sequence[int] = WHITE,
 ) -> Pixels:
     """Decode one image file (its bytes or its path).
 
-    Returns a PIL image for 1, 3 or 4 channels, else a uint8 array [H,W,channels]. Raises BadImage for every file that
+    Returns a PIL image for 1, 3 or 4 channels, else a uint8 array [H,W,channels]; with depth=16 always uint16
+    [H,W,channels]. Raises BadImage for every file that
     does not hold a complete image of at most `max_pixels` pixels and a convertible number of channels.
     """
     try:
@@ -74,19 +79,61 @@ def decode(
         raise BadImage(f"cannot be read: {error.strerror or error}") from None
     if not data:
         raise BadImage("empty file (0 bytes)")
-    try:
+    with _reasons(data, max_pixels):
         if data.startswith(b"\x93NUMPY"):
-            return from_array(_npy(data, max_pixels), channels, max_pixels, value_range)
-        return _decode_pil(data, channels, max_pixels, value_range)
-    except (BadImage, UserError):
-        raise
-    except _SYSTEM_ERRORS:
+            return from_array(read_npy(data), channels, max_pixels, value_range, depth=depth, background=background)
+        wide = _wide(data, channels, max_pixels, depth != 8 or value_range is not None)
+        if wide is not None:
+            array, window = wide
+            given = window if value_range is None else value_range
+            return from_array(array, channels, max_pixels, given, depth=depth, background=background)
+        return _decode_pil(data, channels, max_pixels, value_range, depth, background)
+    raise AssertionError("unreachable")
+
+
+def stored(
+    data: bytes, channels: int | None, max_pixels: int = 100_000_000, background: Sequence[int] = WHITE
+) -> np.ndarray:
+    """The values of an image file before they are levels: [H,W], [H,W,C] or [C,H,W] of the file's own type.
+
+    What `decode` maps by a value range, and would be mapped by none; of 8-bit files what it gives for so many channels, and for
+    None the channels that are there. Raises BadImage as `decode`.
+    """
+    if not data:
+        raise BadImage("empty file (0 bytes)")
+    with _reasons(data, max_pixels):
+        if data.startswith(b"\x93NUMPY"):
+            return read_npy(data)
+        wide = _wide(data, channels or 0, max_pixels, True)
+        if wide is not None:
+            return wide[0]
+        with _opened(data, max_pixels) as (image, _):
+            pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+            if pages > 1 and channels in (None, pages) and len(image.getbands()) == 1:
+                return _pages(image, pages, max_pixels)
+            image.load()
+            turned = _upright(image)
+            if _is_deep(turned):
+                return _plane(turned, None)
+            if channels is None:
+                grey, alpha = turned.mode in ("1", "L", "LA", "La"), turned.has_transparency_data
+                channels = 1 if grey and not alpha else 4 if alpha else 3
+            if channels in _MODES:
+                return np.array(convert(turned, channels, background=background))
+            return np.array(turned)
+    raise AssertionError("unreachable")
+
+
+@contextmanager
+def _reasons(data: bytes, max_pixels: int) -> Iterator[None]:
+    """What decoders raise (OSError, SyntaxError, ValueError, struct.error, EOFError, zlib.error, ...) becomes BadImage."""
+    try:
+        yield
+    except (BadImage, UserError, *_SYSTEM_ERRORS):
         raise
     except Image.DecompressionBombError:
         raise BadImage(f"more than max_pixels={max_pixels} pixels") from None
-    except (
-        Exception
-    ) as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, zlib.error, ...
+    except Exception as error:
         raise BadImage(_reason(data, error)) from None
 
 
@@ -112,60 +159,33 @@ def check_bytes(size: int, channels: int, max_pixels: int) -> None:
 
 
 def from_array(
-    array: np.ndarray, channels: int, max_pixels: int = 100_000_000, value_range: tuple[float, float] | None = None
+    array: np.ndarray,
+    channels: int,
+    max_pixels: int = 100_000_000,
+    value_range: ValueRange | None = None,
+    *,
+    depth: int = 8,
+    background: Sequence[int] = WHITE,
 ) -> Pixels:
     """An array [H,W], [H,W,C] or [C,H,W] of any real type as `decode` gives it. Raises BadImage when it is no image."""
-    if array.ndim == 2:
-        array = array[:, :, None]
-    if array.ndim != 3 or 0 in array.shape:
-        raise BadImage(f"array of shape {array.shape}; an image is [H,W], [H,W,C] or [C,H,W]")
-    if array.shape[2] != channels and (
-        array.shape[0] == channels or (array.shape[0] in _MODES and array.shape[2] not in _MODES)
-    ):
-        array = array.transpose(1, 2, 0)  # [C,H,W] -> [H,W,C]
-    if array.shape[0] * array.shape[1] > max_pixels:
-        raise BadImage(f"more than max_pixels={max_pixels} pixels: {array.shape[1]}x{array.shape[0]}")
-    array = to_uint8(array, value_range)
+    array = to_levels(oriented(array, channels, max_pixels), value_range, depth)
     found = array.shape[2]
+    if depth != 8:
+        return with_channels(array, channels, background)
     if found == channels:
         return Image.fromarray(array[:, :, 0] if channels == 1 else array) if channels in _MODES else array
     if channels not in _MODES or found not in (1, 2, 3, 4):
         raise BadImage(f"{found} channels where {channels} are asked for")
     if found == 2:  # grey and alpha
-        return convert(
-            Image.merge("LA", [Image.fromarray(np.ascontiguousarray(array[:, :, c])) for c in (0, 1)]), channels
-        )
-    return convert(Image.fromarray(array[:, :, 0] if found == 1 else array), channels)
+        both = Image.merge("LA", [Image.fromarray(np.ascontiguousarray(array[:, :, c])) for c in (0, 1)])
+        return convert(both, channels, background=background)
+    return convert(Image.fromarray(array[:, :, 0] if found == 1 else array), channels, background=background)
 
 
-def to_uint8(array: np.ndarray, value_range: tuple[float, float] | None = None) -> np.ndarray:
-    """Any real array -> contiguous uint8 of the same shape, by `value_range` or its type's default."""
-    if array.dtype == np.uint8 and value_range in (None, (0, 255)):
-        return np.ascontiguousarray(array)
-    if array.dtype == np.bool_:
-        return np.ascontiguousarray(array).astype(np.uint8) * 255
-    if array.dtype.kind not in "uif":
-        raise BadImage(f"array of type {array.dtype}; an image is uint8, uint16 or float")
-    if value_range is None:
-        if array.dtype.kind == "f":
-            value_range = (0.0, 1.0)
-        elif array.dtype == np.uint16:
-            value_range = (0.0, 65535.0)
-        else:
-            raise BadImage(f"array of type {array.dtype}: give data.value_range=[low, high]")
-    low, high = value_range
-    with np.errstate(all="ignore"):  # infinities
-        scaled = (array.astype(np.float64) - low) * (255.0 / (high - low))
-    if array.dtype.kind == "f":
-        nan = np.isnan(scaled)
-        if nan.all():
-            raise BadImage("every value is NaN")
-        scaled[nan] = 0.0
-    return np.ascontiguousarray(np.rint(np.clip(scaled, 0, 255)).astype(np.uint8))
-
-
-def convert(image: Image.Image, channels: int, value_range: tuple[float, float] | None = None) -> Image.Image:
-    """Any PIL image -> mode L (1), RGB (3) or RGBA (4)."""
+def convert(
+    image: Image.Image, channels: int, value_range: ValueRange | None = None, background: Sequence[int] = WHITE
+) -> Image.Image:
+    """Any PIL image -> mode L (1), RGB (3) or RGBA (4); transparent pixels over `background` (red, green, blue)."""
     mode = _MODES[channels]
     if image.mode == mode:
         return image
@@ -173,7 +193,7 @@ def convert(image: Image.Image, channels: int, value_range: tuple[float, float] 
         array = np.asarray(image)
         if image.mode != "F":
             array = np.clip(array, 0, 65535).astype(np.uint16) if value_range is None else array.astype(np.int64)
-        return convert(Image.fromarray(to_uint8(array, value_range)), channels)
+        return convert(Image.fromarray(to_levels(array[:, :, None], value_range)[:, :, 0]), channels)
     if image.mode == "LAB":
         to_rgb = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
         transformed = ImageCms.applyTransform(image, to_rgb)
@@ -186,37 +206,56 @@ def convert(image: Image.Image, channels: int, value_range: tuple[float, float] 
     elif "transparency" in image.info and image.mode in ("1", "L", "RGB"):
         image = image.convert("RGBA")
     if image.mode in ("LA", "RGBA") and mode != "RGBA":
-        background = Image.new(image.mode, image.size, (255,) * len(image.getbands()))
-        image = Image.alpha_composite(background.convert("RGBA"), image.convert("RGBA"))
+        below = Image.new("RGBA", image.size, (*background, 255))
+        image = Image.alpha_composite(below, image.convert("RGBA"))
         image = image.convert("RGB")
     if image.mode not in ("1", "L", "LA", "RGB", "RGBA"):
         image = image.convert("RGB")  # CMYK, YCbCr, HSV, RGBX
     return image if image.mode == mode else image.convert(mode)
 
 
-def _decode_pil(data: bytes, channels: int, max_pixels: int, value_range: tuple[float, float] | None) -> Pixels:
+def _decode_pil(
+    data: bytes,
+    channels: int,
+    max_pixels: int,
+    value_range: ValueRange | None,
+    depth: int,
+    background: Sequence[int],
+) -> Pixels:
+    with _opened(data, max_pixels) as (image, kind):
+        if kind is None and channels > 1 and getattr(image, "n_frames", 1) == channels and len(image.getbands()) == 1:
+            pages = _pages(image, channels, max_pixels)
+            given = None if pages.dtype == np.uint8 else value_range
+            return from_array(pages, channels, max_pixels, given, depth=depth)
+        image.load()
+        turned = image
+        if kind not in ("PNG", "JPEG") or not image.info.keys().isdisjoint(("exif", "xmp", "XML:com.adobe.xmp")):
+            turned = _upright(image)
+        if depth != 8 and _is_deep(turned):
+            return from_array(_plane(turned, value_range), channels, max_pixels, value_range, depth=depth)
+        if channels in _MODES:
+            out = convert(turned, channels, value_range, background)
+            if depth != 8:
+                return from_array(np.asarray(out), channels, max_pixels, depth=depth)
+            return (
+                out.copy() if out is image and kind is None else out
+            )  # a GIF or TIFF would go back to its closed file
+        if len(turned.getbands()) == channels:  # two channels: LA
+            return from_array(np.asarray(turned), channels, max_pixels, value_range, depth=depth)
+        pages_found = getattr(image, "n_frames", 1)
+        raise BadImage(f"{len(turned.getbands())} channels in {pages_found} page(s) where {channels} are asked for")
+
+
+@contextmanager
+def _opened(data: bytes, max_pixels: int) -> Iterator[tuple[Image.Image, str | None]]:
+    """The image of a file, undecoded, and whether it is PNG or JPEG (None: neither). Raises BadImage if it is too large."""
     kind = next((name for magic, name in _MAGIC if data.startswith(magic)), None)
     with _strict(max_pixels), _open(data, kind) as image:
         if image.width * image.height > max_pixels:
             raise BadImage(f"more than max_pixels={max_pixels} pixels: {image.width}x{image.height}")
         if kind == "JPEG":
             _check_jpeg_end(data)
-        if kind is None and channels > 1 and getattr(image, "n_frames", 1) == channels and len(image.getbands()) == 1:
-            pages = _pages(image, channels, max_pixels, value_range)
-            return Image.fromarray(pages) if channels in _MODES else pages
-        image.load()
-        upright = image
-        if kind not in ("PNG", "JPEG") or not image.info.keys().isdisjoint(("exif", "xmp", "XML:com.adobe.xmp")):
-            upright = _upright(image)
-        if channels in _MODES:
-            out = convert(upright, channels, value_range)
-            return (
-                out.copy() if out is image and kind is None else out
-            )  # a GIF or TIFF would go back to its closed file
-        if len(upright.getbands()) == channels:  # two channels: LA
-            return from_array(np.asarray(upright), channels, max_pixels, value_range)
-        pages_found = getattr(image, "n_frames", 1)
-        raise BadImage(f"{len(upright.getbands())} channels in {pages_found} page(s) where {channels} are asked for")
+        yield image, kind
 
 
 def _open(data: bytes, kind: str | None) -> Image.Image:
@@ -237,29 +276,59 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _pages(image: Image.Image, channels: int, max_pixels: int, value_range: tuple[float, float] | None) -> np.ndarray:
+def _pages(image: Image.Image, channels: int, max_pixels: int) -> np.ndarray:
+    """Single-band pages as they are stored, one a channel: [H,W,channels]."""
     if image.width * image.height * channels > max_pixels * 4:
         raise BadImage(f"{channels} pages of {image.width}x{image.height} are more than max_pixels={max_pixels} allows")
     planes = []
     for page in range(channels):
         image.seek(page)
-        planes.append(np.asarray(convert(image, 1, value_range)))
+        planes.append(_plane(image, None) if _is_deep(image) else np.asarray(convert(image, 1)))
         if planes[-1].shape != planes[0].shape:
             raise BadImage(f"page {page} has another size than page 0")
-    return np.ascontiguousarray(np.stack(planes, axis=-1))  # [H,W,C]
+        if planes[-1].dtype != planes[0].dtype:
+            raise BadImage(f"page {page} is {planes[-1].dtype}, page 0 {planes[0].dtype}")
+    return np.stack(planes, axis=-1)  # [H,W,C]
 
 
-def _npy(data: bytes, max_pixels: int) -> np.ndarray:
-    stream = io.BytesIO(data)
-    version = np.lib.format.read_magic(stream)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read_header(stream)
-    if dtype.hasobject:
-        raise BadImage("an .npy file of Python objects; an image is uint8, uint16 or float")
-    expected = stream.tell() + math.prod(shape) * dtype.itemsize
-    if expected > len(data):
-        raise BadImage(f"truncated: {len(data)} of {expected} bytes")
-    return np.load(io.BytesIO(data), allow_pickle=False)
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def _plane(image: Image.Image, value_range: ValueRange | None) -> np.ndarray:
+    """[H,W] of an image of mode I, F or I;16; without a range the integers are taken for 16 bits."""
+    array = np.asarray(image)
+    if image.mode == "F":
+        return array
+    return np.clip(array, 0, 65535).astype(np.uint16) if value_range is None else array.astype(np.int64)
+
+
+def _wide(data: bytes, channels: int, max_pixels: int, exact: bool) -> tuple[np.ndarray, Limits | None] | None:
+    """(values, the range that the file itself names) of a file that Pillow cannot hold; None for all others.
+
+    exact: 16-bit colour is one of them; else it is Pillow's, which gives its upper 8 bits.
+    """
+    if is_dicom(data):
+        array, window, inverted = read_dicom(data, max_pixels)
+        if inverted and window is not None:  # the same picture with black as its low end
+            return window[0] + window[1] - array, window
+        return array, window
+    if exact and png_channels(data):
+        with _opened(data, max_pixels) as (image, _):
+            turn = image.getexif().get(0x0112, 1)
+        return upright(read_png(data), turn), None
+    if not is_tiff(data):
+        return None
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            bits, samples = (image.tag_v2.get(tag, 1) for tag in (258, 277))  # type: ignore[attr-defined]
+            bands = len(image.getbands())
+    except Image.UnidentifiedImageError:
+        return read_tiff(data, max_pixels), None
+    deep = samples > 1 and max(bits if isinstance(bits, tuple) else (bits,)) > 8
+    if samples > 4 or (deep and exact) or (samples == channels and bands != channels):
+        return read_tiff(data, max_pixels), None
+    return None
 
 
 def _check_jpeg_end(data: bytes) -> None:

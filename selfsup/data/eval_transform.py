@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from selfsup.data.arrays import top
 from selfsup.data.base import Source
 from selfsup.data.batch import pixel_size
 from selfsup.data.decode import BadImage, Pixels
@@ -22,7 +23,7 @@ from selfsup.wording import one_line
 def eval_crop(
     image: Pixels, size: int, resize: int | None, interpolation: str = "bicubic", crop: bool = True
 ) -> np.ndarray:
-    """One image as uint8 [size,size,C].
+    """One image as uint8 [size,size,C], or uint16 where the image is.
 
     crop: the shorter side to `resize`, then the central square, as torchvision's Resize and CenterCrop of PIL images,
     bit for bit (DINO: 256 bicubic, then 224). resize=None: the shorter side to `size`, so that an image that has the
@@ -40,12 +41,12 @@ def eval_crop(
     else:
         new_width, new_height = int(short * width / height), short
     pixels = resized(image, (new_width, new_height), resample)
-    top, left = round((new_height - size) / 2), round((new_width - size) / 2)
-    return pixels[top : top + size, left : left + size]
+    above, left = round((new_height - size) / 2), round((new_width - size) / 2)
+    return pixels[above : above + size, left : left + size]
 
 
 def resized(image: Pixels, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
-    """uint8 [height,width,C] of an image squeezed to size (width, height)."""
+    """[height,width,C] of an image squeezed to size (width, height)."""
     height, width = pixel_size(image)
     if isinstance(image, np.ndarray):
         return resized_array(image, (0, 0, width, height), size, resample)
@@ -75,7 +76,7 @@ def eval_batches(
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     chunks = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
     images = _Chunks(source, chunks, size, resize, interpolation, crop)
-    scale = torch.tensor([1 / (255 * s) for s in std]).view(-1, 1, 1)
+    scale = torch.tensor([1 / (top(source.config.depth) * s) for s in std]).view(-1, 1, 1)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(-1, 1, 1)
     if len(scale) != source.channels:
         raise UserError(f"data.mean and data.std need {source.channels} values; seen {len(scale)}")
@@ -94,7 +95,7 @@ def eval_batches(
 
 
 class _Chunks(Dataset[Any]):
-    """Item k is chunk k: uint8 [B,S,S,C], labels [B], indices [B], bad."""
+    """Item k is chunk k: uint8 or uint16 [B,S,S,C], labels [B], indices [B], bad."""
 
     def __init__(
         self, source: Source, chunks: list[np.ndarray], size: int, resize: int | None, interpolation: str, crop: bool
@@ -107,7 +108,7 @@ class _Chunks(Dataset[Any]):
 
     def __getitem__(self, k: int) -> tuple[Tensor, Tensor, Tensor, list[tuple[str, str]]]:
         size = self.transform[0]
-        pixels = np.empty((len(self.chunks[k]), size, size, self.source.channels), np.uint8)
+        pixels = np.empty((len(self.chunks[k]), size, size, self.source.channels), self.source.dtype)
         good: list[int] = []
         bad: list[tuple[str, str]] = []
         for i in self.chunks[k].tolist():

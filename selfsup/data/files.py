@@ -8,7 +8,7 @@ import numpy as np
 
 from selfsup.config import DataConfig
 from selfsup.data.base import Names, Source, retried, size_of, text
-from selfsup.data.decode import SUFFIXES, Pixels, decode, read_file
+from selfsup.data.decode import SUFFIXES, Pixels, read_file
 from selfsup.errors import UserError
 from selfsup.wording import one_line
 
@@ -159,7 +159,7 @@ def _bytes_of(path: bytes, source: Source) -> bytes:
 
 
 def _read_file(path: bytes, source: Source) -> Pixels:
-    return decode(_bytes_of(path, source), source.channels, source.config.max_pixels, source.config.value_range)
+    return source.decoded(_bytes_of(path, source))
 
 
 def _walk(root: bytes) -> Iterator[bytes]:

@@ -4,9 +4,11 @@ Each operation gives what PIL gives, as torchvision's transforms and DINO's code
 stay integers in 0..255 (held as float32) until the normalisation. The parameters stay on the CPU; what the device has
 to know is computed there and sent along, so that nothing waits for the device.
 
+Crops of 16 bits (data.depth=16) are held in the same 0..255 with fractions, in 65536 steps, and nothing is rounded.
+
 Order, as in DINO: jitter (four operations in the drawn order), grey, blur, solarization; then light, a shift of each
 channel that is not cut to levels, normalisation, random erasing and Cutout. Operations on colour (saturation, hue, grey,
-light) apply to three channels; the others to any number.
+light) apply to three channels, and are left out for any other number; the others work on each channel alone.
 """
 
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from selfsup.data.blur import blurred, box_taps, matrices
-from selfsup.data.colour import luma, turn_hue
+from selfsup.data.colour import luma, turn_hue, turn_hue_fine
 from selfsup.data.erasing import ZERO, erase
 from selfsup.data.photometric_rows import few_at_a_time, shifts
 from selfsup.data.rows import on_rows, send
@@ -36,7 +38,7 @@ def apply(
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """uint8 crops [V,B,C,S,S] and their parameters [V,B,P] (on the CPU) -> normalised images [V,B,C,S,S] on `device`.
+    """uint8 (or uint16) crops [V,B,C,S,S] and their parameters [V,B,P] (on the CPU) -> normalised images [V,B,C,S,S] on `device`.
 
     mean, std: C numbers, of values in [0, 1]. The device is never waited for.
     """
@@ -54,11 +56,12 @@ def apply(
     x = crops.to(device, non_blocking=True).flatten(0, 1)  # [N,C,S,S], N = V*B
     scale = np.array([1 / (255 * s) for s in std], dtype=np.float32)
     shift = np.array([-m / s for m, s in zip(mean, std, strict=True)], dtype=np.float32)
-    if device.type == "cpu" and channels * height * width >= _FEW:
+    fine = crops.dtype == torch.uint16
+    if device.type == "cpu" and channels * height * width >= _FEW and not fine:
         x = few_at_a_time(x, p, scale, shift, dtype)
     else:
         x = x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        x = together(x, p)
+        x = together(x.mul_(255 / 65535) if fine else x, p, fine)
         affine = send(np.stack([scale, shift]), device)[:, :, None, None]  # [2,C,1,1]
         if channels == 3 and p[:, LIGHT].any():
             x = torch.addcmul(send(shifts(p, scale, shift), device)[:, :, None, None], x, affine[0])
@@ -70,19 +73,22 @@ def apply(
     return x.view(views, batch, channels, height, width)
 
 
-def together(x: Tensor, p: np.ndarray) -> Tensor:
-    """Each operation on all images that have it: x [N,C,S,S] of levels, which is overwritten, and p [N,P] -> levels."""
-    x = _jitter(x, p)
+def together(x: Tensor, p: np.ndarray, fine: bool = False) -> Tensor:
+    """Each operation on all images that have it: x [N,C,S,S] of levels, which is overwritten, and p [N,P] -> levels.
+
+    fine: levels have fractions, and keep them.
+    """
+    x = _jitter(x, p, fine)
     if x.shape[1] == 3:
-        x = on_rows(x, np.flatnonzero(p[:, COLUMN["gray"]] > 0), lambda rows: luma(rows).repeat(1, 3, 1, 1))
-    x = _blur(x, p[:, COLUMN["sigma"]])
+        x = on_rows(x, np.flatnonzero(p[:, COLUMN["gray"]] > 0), lambda rows: luma(rows, fine).repeat(1, 3, 1, 1))
+    x = _blur(x, p[:, COLUMN["sigma"]], fine)
     return _solarize(x, p[:, COLUMN["solarize"]])
 
 
 # ------------------------------------------------------------------------------------------------------------ jitter
 
 
-def _jitter(x: Tensor, p: np.ndarray) -> Tensor:
+def _jitter(x: Tensor, p: np.ndarray, fine: bool) -> Tensor:
     """Brightness, contrast, saturation and hue in each row's own order. x: [N,C,S,S], p: [N,P]."""
     channels = x.shape[1]
     number = p[:, COLUMN["order"]].astype(np.int64)
@@ -95,40 +101,45 @@ def _jitter(x: Tensor, p: np.ndarray) -> Tensor:
         live = (op >= 0) & (factor != idle[op])
         blend = live & (op <= (1 if channels != 3 else 2))
         if blend.any():
-            x = _blend(x, np.where(blend, op, 0), np.where(blend, factor, np.float32(1)))
+            x = _blend(x, np.where(blend, op, 0), np.where(blend, factor, np.float32(1)), fine)
         if channels == 3:
-            x = on_rows(x, np.flatnonzero(live & (op == 3)), turn_hue, factor)
+            x = on_rows(x, np.flatnonzero(live & (op == 3)), turn_hue_fine if fine else turn_hue, factor)
     return x
 
 
-def _blend(x: Tensor, op: np.ndarray, factor: np.ndarray) -> Tensor:
-    """PIL's ImageEnhance: factor * x + (1 - factor) * (black, the mean grey level, or grey) by op 0, 1, 2; cut to levels."""
+def _blend(x: Tensor, op: np.ndarray, factor: np.ndarray, fine: bool) -> Tensor:
+    """PIL's ImageEnhance: factor * x + (1 - factor) * (black, the mean grey level, or grey) by op 0, 1, 2; cut to levels.
+
+    Without colour the mean is that of each channel.
+    """
     rest = 1 - factor
     sent = send(np.stack([factor, rest * (op == 1), rest * (op == 2)])[:, :, None, None, None], x.device)  # [3,N,1,1,1]
     out = x * sent[0]
     if op.any():
-        gray = luma(x) if x.shape[1] == 3 else x  # [N,1|C,S,S]
+        gray = luma(x, fine) if x.shape[1] == 3 else x  # [N,1|C,S,S]
         if (op == 1).any():
-            level = gray.mean(dim=(1, 2, 3), keepdim=True).add_(0.5).floor_()
+            level = gray.mean(dim=(2, 3), keepdim=True)  # [N,1|C,1,1]
+            level = level if fine else level.add_(0.5).floor_()
             out.addcmul_(level, sent[1])
         if (op == 2).any():
             out.addcmul_(gray, sent[2])
-    return out.clamp_(0, 255).floor_()
+    out = out.clamp_(0, 255)
+    return out if fine else out.floor_()
 
 
 # -------------------------------------------------------------------------------------------- blur and solarization
 
 
-def _blur(x: Tensor, sigma: np.ndarray) -> Tensor:
+def _blur(x: Tensor, sigma: np.ndarray, fine: bool) -> Tensor:
     """PIL's GaussianBlur of each row with its own sigma [N] (0: none): two batched products with banded matrices."""
     if not sigma.any():
         return x
     rows = np.flatnonzero(sigma > 0)
     matrix = matrices(send(box_taps(sigma[rows]), x.device), x.shape[-1])[:, None]  # [M,1,S,S]
     if rows.size == len(x):
-        return blurred(x, matrix)
+        return blurred(x, matrix, fine)
     index = send(rows, x.device)
-    return x.index_copy_(0, index, blurred(x.index_select(0, index), matrix))
+    return x.index_copy_(0, index, blurred(x.index_select(0, index), matrix, fine))
 
 
 def _solarize(x: Tensor, threshold: np.ndarray) -> Tensor:

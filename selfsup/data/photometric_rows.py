@@ -89,7 +89,7 @@ def _blend(x: Tensor, p: np.ndarray, places: range) -> None:
             if op != _BRIGHTNESS:
                 other = luma(image) if colour else image
             if op == _CONTRAST and other is not None:
-                other = other.mean().add_(0.5).floor_()
+                other = other.mean(dim=(2, 3), keepdim=True).add_(0.5).floor_()  # of each channel, or of the grey
             image.mul_(float(factors[i, op]))
             if other is not None:
                 image.add_(other, alpha=float(rests[i, op]))

@@ -13,6 +13,7 @@ from selfsup.data.archives import ZipSource
 from selfsup.data.base import Source
 from selfsup.data.decode import BadImage, Pixels
 from selfsup.data.files import FolderSource, ListSource
+from selfsup.data.stacks import StackSource
 from selfsup.errors import UserError
 from selfsup.wording import one_line
 
@@ -25,7 +26,7 @@ _DEMO_SPLITS = ("train", "val")
 def open_source(spec: str, *, channels: int, config: DataConfig | None = None) -> Source:
     """The images that `data=SPEC` means, read with so many channels.
 
-    spec: a folder (flat, or with class folders), a .txt list, a .zip, `demo` or `demo:val` (bundled), or
+    spec: a folder (flat, or with class folders), a .txt list, a .zip, a .npy stack, `demo` or `demo:val` (bundled), or
     `torchvision:NAME[:ROOT[:SPLIT]]`, `timm:NAME[:ROOT[:SPLIT]]`. Raises UserError when there is nothing to read.
     """
     config, shown = config or DataConfig(), f"data={one_line(spec)}"
@@ -54,7 +55,9 @@ def open_source(spec: str, *, channels: int, config: DataConfig | None = None) -
         return ListSource(path, channels, config)
     if path.lower().endswith(".zip"):
         return ZipSource(path, channels, config)
-    raise UserError(f"{shown}: a file that is neither a .txt list nor a .zip; give the folder that holds the images")
+    if path.lower().endswith(".npy"):
+        return StackSource(path, channels, config)
+    raise UserError(f"{shown}: neither a .txt list nor a .zip nor a .npy stack; give the folder that holds the images")
 
 
 def wrap_dataset(dataset: Any, *, channels: int, config: DataConfig | None = None, name: str | None = None) -> Source:

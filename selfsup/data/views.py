@@ -267,10 +267,15 @@ def resized(
 def resized_array(
     image: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int], resample: Image.Resampling
 ) -> np.ndarray:
-    """As `resized` for uint8 [H,W,C] of any C, channel by channel."""
+    """As `resized` for [H,W,C] of any C: uint8 channel by channel; uint16 by torch's float kernel, to whole levels."""
     left, top, right, bottom = box
     part = image[top:bottom, left:right]
-    planes = [
+    if image.dtype == np.uint16:
+        planes = torch.from_numpy(part.transpose(2, 0, 1).astype(np.float32))[None]  # [1,C,h,w]
+        mode = "bilinear" if resample == Image.Resampling.BILINEAR else "bicubic"
+        made = interpolate(planes, size=(size[1], size[0]), mode=mode, antialias=True)
+        return made[0].round_().clamp_(0, 65535).permute(1, 2, 0).contiguous().numpy().astype(np.uint16)
+    resized_planes = [
         Image.fromarray(np.ascontiguousarray(part[:, :, c])).resize(size, resample) for c in range(image.shape[2])
     ]
-    return np.stack([np.asarray(plane) for plane in planes], axis=-1)
+    return np.stack([np.asarray(plane) for plane in resized_planes], axis=-1)

@@ -12,7 +12,7 @@ import numpy as np
 
 from selfsup.config import DataConfig
 from selfsup.data.base import Source
-from selfsup.data.decode import BadImage, Pixels, decode
+from selfsup.data.decode import BadImage, Pixels
 from selfsup.data.sources import open_source
 from selfsup.doctor.files import LISTED, TAG, Counting, Files, choice, compare_files, note_equal
 from selfsup.doctor.formats import describe
@@ -159,7 +159,7 @@ def _decode_some(source: Source, found: Survey, sample: int, deadline: float) ->
 def _pixels(source: Source, index: int, raw: Any) -> Pixels:
     if not isinstance(raw, bytes):
         return source.read(index)
-    return decode(raw, source.channels, source.config.max_pixels, source.config.value_range)
+    return source.decoded(raw)
 
 
 def _channels_to_ask_for(source: Source, indices: Iterable[int]) -> int:

@@ -289,7 +289,9 @@ def open_cache(
     like = next(teacher.net.parameters(), torch.zeros(()))
     example = teacher(torch.zeros(1, channels, size, size, device=like.device, dtype=like.dtype), wanted)
     seen = [[v.name, v.number, v.index, v.crops.model_dump(mode="json")] for v in views]
-    sizes = [teacher.mean, teacher.std, teacher.size, config.mean, config.std, config.data.value_range]
+    sizes: list[Any] = [teacher.mean, teacher.std, teacher.size, config.mean, config.std, config.data.value_range]
+    if config.data.depth != 8 or min(config.data.background) < 255:
+        sizes += [config.data.depth, config.data.background]
     key = {
         "teacher": teacher.sha256.hex(),
         "data": source.fingerprint(),

@@ -249,10 +249,10 @@ def _micro(tensors: Mapping[str, Tensor], prefix: str, config: Config) -> Batch:
         crop, drawn = tensors[name], _completed(tensors[f"{prefix}params.{len(crops)}"])
         shape = tuple(crop.shape)
         fits = len(shape) == 5 and min(shape) > 0 and shape[3] == shape[4]
-        if not fits or shape[1:3] != (count, config.backbone.in_chans) or crop.dtype != torch.uint8:
+        if not fits or shape[1:3] != (count, config.backbone.in_chans) or crop.dtype not in (torch.uint8, torch.uint16):
             raise ValueError(
                 f"{name} is {crop.dtype} {list(shape)}; "
-                f"uint8 [views, {count}, {config.backbone.in_chans}, size, size] is expected"
+                f"uint8 or uint16 [views, {count}, {config.backbone.in_chans}, size, size] is expected"
             )
         _check_params(drawn, f"{prefix}params.{len(crops)}", shape)
         crops.append(crop)
