@@ -55,9 +55,9 @@ def _shifts(reach: int, size: int, device: torch.device) -> Tensor:
     return (source[:, :, None] == line).to(torch.float32).flatten(1)
 
 
-def blurred(x: Tensor, matrix: Tensor) -> Tensor:
-    """The same matrix [M,1,S,S] along both axes of [M,C,S,S], to whole levels."""
-    return (matrix @ x @ matrix.transpose(-1, -2)).round_()
+def blurred(x: Tensor, matrix: Tensor, down: Tensor | None = None) -> Tensor:
+    """The matrix [M,1,W,W] along both axes of [M,C,H,W], to whole levels; another one, `down` [M,1,H,H], where H is not W."""
+    return ((matrix if down is None else down) @ x @ matrix.transpose(-1, -2)).round_()
 
 
 def blurred_in_tiles(x: Tensor, sigma: np.ndarray, reach: int) -> Tensor:

@@ -1,26 +1,28 @@
-"""Colour jitter, grey, blur, solarization, normalisation and erasing of a batch of crops on the training device.
+"""Moving, colour jitter, grey, blur, solarization, normalisation, noise and erasing of a batch of crops on the training device.
 
 Each operation gives what PIL gives, as torchvision's transforms and DINO's code call it, whole 8-bit levels included: values
 stay integers in 0..255 (held as float32) until the normalisation. The parameters stay on the CPU; what the device has
 to know is computed there and sent along, so that nothing waits for the device.
 
-Order, as in DINO: jitter (four operations in the drawn order), grey, blur, solarization; then light, a shift of each
-channel that is not cut to levels, normalisation, random erasing and Cutout. Operations on colour (saturation, hue, grey,
-light) apply to three channels; the others to any number.
+Order: rotation and the like, an image-to-image module; as in DINO jitter (four operations in the drawn order), grey, blur,
+solarization; then light, a shift of each channel that is not cut to levels, normalisation, noise, salt and pepper, random
+erasing and Cutout. Operations on colour (saturation, hue, grey, light) apply to three channels; the others to any number.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from selfsup.data import noise, warp
 from selfsup.data.blur import blurred, box_taps, matrices
 from selfsup.data.colour import luma, turn_hue
 from selfsup.data.erasing import ZERO, erase
+from selfsup.data.modules import through
 from selfsup.data.photometric_rows import few_at_a_time, shifts
 from selfsup.data.rows import on_rows, send
-from selfsup.data.views import COLUMN, CUTOUT, ERASE, LIGHT, ORDERS, P
+from selfsup.data.views import COLUMN, CUTOUT, ERASE, LIGHT, NOISE, ORDERS, WARP, P
 from selfsup.errors import UserError
 
 _FEW = 48 * 48 * 3
@@ -35,10 +37,12 @@ def apply(
     std: Sequence[float],
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
+    module: nn.Module | None = None,
 ) -> Tensor:
     """uint8 crops [V,B,C,S,S] and their parameters [V,B,P] (on the CPU) -> normalised images [V,B,C,S,S] on `device`.
 
-    mean, std: C numbers, of values in [0, 1]. The device is never waited for.
+    mean, std: C numbers, of values in [0, 1]. module: what the rows with `module` go through (`modules.modules_of`).
+    The device is never waited for.
     """
     views, batch, channels, height, width = crops.shape
     if params.shape != (views, batch, P) or params.device.type != "cpu":
@@ -54,6 +58,9 @@ def apply(
     x = crops.to(device, non_blocking=True).flatten(0, 1)  # [N,C,S,S], N = V*B
     scale = np.array([1 / (255 * s) for s in std], dtype=np.float32)
     shift = np.array([-m / s for m, s in zip(mean, std, strict=True)], dtype=np.float32)
+    x = warp.warp(x, p[:, WARP], [round(255 * m) for m in mean])
+    if module is not None:
+        x = through(module, x, p[:, COLUMN["module"]])
     if device.type == "cpu" and channels * height * width >= _FEW:
         x = few_at_a_time(x, p, scale, shift, dtype)
     else:
@@ -65,6 +72,7 @@ def apply(
         else:
             x = torch.addcmul(affine[1], x, affine[0])
         x = x.to(dtype)
+    x = noise.add(x, p[:, NOISE], scale, shift)
     x = erase(x, p[:, ERASE], p[:, COLUMN["erase_fill"]])
     x = erase(x, p[:, CUTOUT], np.full(len(p), ZERO, np.float32))
     return x.view(views, batch, channels, height, width)
@@ -124,11 +132,13 @@ def _blur(x: Tensor, sigma: np.ndarray) -> Tensor:
     if not sigma.any():
         return x
     rows = np.flatnonzero(sigma > 0)
-    matrix = matrices(send(box_taps(sigma[rows]), x.device), x.shape[-1])[:, None]  # [M,1,S,S]
+    taps = send(box_taps(sigma[rows]), x.device)
+    matrix = matrices(taps, x.shape[-1])[:, None]  # [M,1,W,W]
+    down = matrix if x.shape[-2] == x.shape[-1] else matrices(taps, x.shape[-2])[:, None]
     if rows.size == len(x):
-        return blurred(x, matrix)
+        return blurred(x, matrix, down)
     index = send(rows, x.device)
-    return x.index_copy_(0, index, blurred(x.index_select(0, index), matrix))
+    return x.index_copy_(0, index, blurred(x.index_select(0, index), matrix, down))
 
 
 def _solarize(x: Tensor, threshold: np.ndarray) -> Tensor:
