@@ -160,7 +160,7 @@ class Crops(Section):
     """Of another image of the data: its low frequencies' amplitudes (FDA; Yang & Soatto, 2020), or each channel's mean and
     standard deviation (AdaIN of pixels; Huang & Belongie, 2017)."""
     style_probability: Probability = 1.0
-    fourier_beta: Range = (0.01, 0.05)
+    fourier_beta: Range = (0.005, 0.03)
     """The highest frequency that is taken, as a part of the shorter side."""
     module: str | None = None
     """`package.module:Class`, an image-to-image network for values in [0, 1], used as it is, before colours change."""

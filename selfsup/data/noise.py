@@ -20,12 +20,13 @@ STD, KEY, PART, SALT_KEY = range(4)
 
 
 def drawn(u: np.ndarray, crops: Crops) -> np.ndarray:
-    """Uniform u [B,DRAWS] -> [B,4]: standard deviation in levels and key of Gaussian noise, part of the pixels and key of salt and
-    pepper; deviation or part 0: none."""
+    """Uniform u [B,DRAWS] -> [B,4]: standard deviation in levels and key of Gaussian noise, part of the pixels and key of
+    salt and pepper; deviation or part 0: none."""
     (low, high), (least, most) = crops.noise_std, crops.salt_pepper_part
     std = (low + u[:, _HOW_MUCH] * (high - low)) * (u[:, _WHETHER] < crops.noise)
     part = (least + u[:, _PART] * (most - least)) * (u[:, _WHETHER_SALT] < crops.salt_pepper)
-    return np.stack([std, np.floor(u[:, _KEY] * _KEYS), part, np.floor(u[:, _SALT_KEY] * _KEYS)], axis=1)
+    key, salt_key = np.floor(u[:, _KEY] * _KEYS) * (std > 0), np.floor(u[:, _SALT_KEY] * _KEYS) * (part > 0)
+    return np.stack([std, key, part, salt_key], axis=1)
 
 
 def add(x: Tensor, rows: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> Tensor:

@@ -26,8 +26,9 @@ def drawn(u: np.ndarray, crops: Crops) -> np.ndarray:
     """Uniform u [B,DRAWS] -> [B,3]: which style (0: none), which image as a fraction of all, and beta."""
     low, high = crops.fourier_beta
     live = u[:, _WHETHER] < crops.style_probability
-    kind = live * ("none", "fourier", "statistics").index(crops.style)
-    return np.stack([kind, np.floor(u[:, _PICK] * _PICKS) / _PICKS, low + u[:, _BETA] * (high - low)], axis=1)
+    kind = np.full(len(u), ("none", "fourier", "statistics").index(crops.style))
+    pick, beta = np.floor(u[:, _PICK] * _PICKS) / _PICKS, low + u[:, _BETA] * (high - low)
+    return np.stack([kind, pick, beta], axis=1) * live[:, None]
 
 
 def partner(pick: float, count: int, itself: int | None) -> int:
