@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from selfsup import cli_advice, cli_eval, cli_jobs, cli_report
+from selfsup import cli_advice, cli_augment, cli_eval, cli_jobs, cli_report
 from selfsup import config as configuration
 from selfsup.cli_eval import EVALUATIONS
 from selfsup.errors import EarlyStop, RankLost, UserError
@@ -219,6 +219,7 @@ def recipes(
 cli_jobs.register(app, EVALUATIONS, _periodic)
 cli_advice.register(app)
 cli_report.register(app)
+cli_augment.register(app)
 
 
 def main() -> None:

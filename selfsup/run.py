@@ -19,6 +19,7 @@ from selfsup.config import Config, OpenSection, validate
 from selfsup.data.bad_files import BadFileLog
 from selfsup.data.loader import Batch, Loader
 from selfsup.data.mixing import Mixer
+from selfsup.data.modules import modules_of
 from selfsup.data.sources import Source, open_source, wrap_dataset
 from selfsup.data.views import View
 from selfsup.early_stopping import EarlyStopping
@@ -93,6 +94,8 @@ class Run:
     rollbacks: int = 0
     evaluations: dict[str, float] = field(default_factory=dict)
     """Figures of the last periodic evaluation."""
+    modules: list[nn.Module | None] = field(default_factory=list)
+    """What images go through, for each tensor of a batch."""
     _problem: BaseException | None = None
     _kept: int = 0
 
@@ -174,6 +177,7 @@ class Run:
             bad_files=BadFileLog(out / "bad_files.jsonl", config.data.max_bad_fraction),
             writer=Writer(out / "checkpoints", retention),
             refused_in_row=torch.zeros((), device=device),
+            modules=modules_of(loader.make.groups, channels, device),
         )
         run.announce()
         return run

@@ -158,16 +158,52 @@ class Crops(Section):
     """zero: the data's mean; noise: normal, for each pixel and channel; mean: the crop's own mean colour."""
     cutout: Annotated[int, Field(ge=0)] = 0
     """Cutout (DeVries and Taylor, 2017): pixels along the side of a square set to the data's mean; 0: none."""
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """By up to so many degrees either way, before colours change; as are the next four."""
+    translate: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """By up to this fraction of width and height."""
+    zoom: Range = (1.0, 1.0)
+    """Times; below 1 smaller."""
+    shear: Annotated[float, Field(ge=0, le=80)] = 0.0
+    """By up to so many degrees along each axis."""
+    affine: Probability = 1.0
+    """Of rotation, translation, zoom and shear together."""
+    fill: Literal["constant", "edge", "reflect", "symmetric", "wrap"] = "constant"
+    """What they show beyond the image, as of numpy.pad."""
+    fill_level: Level | None = None
+    """Of constant fill; null: the data's mean."""
+    style: Literal["none", "fourier", "statistics"] = "none"
+    """Of another image of the data: its low frequencies' amplitudes (FDA; Yang & Soatto, 2020), or each channel's mean and
+    standard deviation (AdaIN of pixels; Huang & Belongie, 2017)."""
+    style_probability: Probability = 1.0
+    fourier_beta: Range = (0.005, 0.03)
+    """The highest frequency that is taken, as a part of the shorter side."""
+    module: str | None = None
+    """`package.module:Class`, an image-to-image network for values in [0, 1], used as it is, before colours change."""
+    module_probability: Probability = 1.0
+    noise: Probability = 0.0
+    """Gaussian noise on each value, last of all but salt and pepper."""
+    noise_std: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] = (0.0, 20.0)
+    """Its standard deviation in levels of 255."""
+    salt_pepper: Probability = 0.0
+    """Some pixels become white or black."""
+    salt_pepper_part: tuple[Probability, Probability] = (0.0, 0.05)
 
     @model_validator(mode="after")
     def _check(self) -> "Crops":
-        for key in ("scale", "ratio", "blur_sigma", "erase_area", "erase_ratio"):
+        for key in ("scale", "ratio", "blur_sigma", "erase_area", "erase_ratio", "zoom", "fourier_beta"):
             low, high = getattr(self, key)
             if not 0 < low <= high:
                 raise ValueError(f"{key} must be two numbers, 0 < low <= high; seen ({low}, {high})")
         for key in ("scale", "erase_area"):
             if getattr(self, key)[1] > 1:
                 raise ValueError(f"{key} is a fraction of the image's area, at most 1; seen {getattr(self, key)}")
+        for key in ("noise_std", "salt_pepper_part"):
+            low, high = getattr(self, key)
+            if low > high:
+                raise ValueError(f"{key} must be two numbers, low <= high; seen ({low}, {high})")
+        if self.fourier_beta[1] > 0.45:
+            raise ValueError(f"fourier_beta is a part of the shorter side, at most 0.45; seen {self.fourier_beta}")
         if self.cutout > self.size:
             raise ValueError(f"cutout={self.cutout} is larger than the crop of {self.size} pixels")
         for key in ("jitter", "grayscale", "blur", "solarize", "erase"):

@@ -314,8 +314,8 @@ def _look(run: Run, recorder: Recorder, watch: Watchdog, evaluations: Evaluation
 
 def _to_device(batch: Batch, run: Run) -> ViewBatch:
     images = [
-        photometric.apply(crops, params, run.config.mean, run.config.std, run.device, run.dtype)
-        for crops, params in zip(batch.crops, batch.params)
+        photometric.apply(crops, params, run.config.mean, run.config.std, run.device, run.dtype, module)
+        for crops, params, module in zip(batch.crops, batch.params, run.modules)
     ]
     move: Mapping[str, Any] = {"device": run.device, "non_blocking": True}
     return ViewBatch(

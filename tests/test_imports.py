@@ -34,14 +34,14 @@ LEVELS = [
     {"checkpoint", "checkpoint_writer", "log", "health", "runtime", "placement", "runfolder", "status", "signals"}
     | {"recorder", "profile", "diagnosis", "judges", "columns", "remedies"},
     {"backbones", "data", "classifier"},
-    {"methods", "recipes", "initialise", "replay", "exits", "doctor", "catalogue"},
+    {"methods", "recipes", "initialise", "replay", "exits", "doctor", "catalogue", "augment"},
     {"run", "train"},
     {"eval", "launch"},
-    {"cli", "cli_eval", "cli_jobs", "cli_advice", "cli_report", "demo"},
+    {"cli", "cli_eval", "cli_jobs", "cli_advice", "cli_augment", "cli_report", "demo"},
 ]
 LEVEL = {part: n for n, parts in enumerate(LEVELS) for part in parts}
 # may reach eval, launch and the trainer, inside functions only
-LAZY_TOP = {"", "cli", "cli_eval", "cli_jobs", "cli_advice", "cli_report", "demo"}
+LAZY_TOP = {"", "cli", "cli_eval", "cli_jobs", "cli_advice", "cli_augment", "cli_report", "demo"}
 NO_TORCH = {
     "",
     "errors",
@@ -52,6 +52,7 @@ NO_TORCH = {
     "cli_eval",
     "cli_jobs",
     "cli_advice",
+    "cli_augment",
     "cli_report",
     "recipes",
     "guard",

@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from selfsup.data import style
 from selfsup.data.base import Source
 from selfsup.data.decode import BadImage
 from selfsup.data.policies import Policy
 from selfsup.data.sampler import Order, step_positions
-from selfsup.data.views import P, Prepared, View, crops_of, draw, prepare, resolutions
+from selfsup.data.views import STYLE, P, Prepared, View, crops_of, draw, prepare, resolutions
 from selfsup.errors import UserError
 from selfsup.wording import one_line
 
@@ -111,7 +112,8 @@ class BatchMaker:
             pixels += height * width
             if pixels >= _PIXELS_AT_ONCE or b == count - 1:
                 rows = slice(start, b + 1)
-                self._crop(images, epochs[rows], ids[rows], [c[:, rows] for c in crops], [p[:, rows] for p in params])
+                parts = [c[:, rows] for c in crops], [p[:, rows] for p in params]
+                self._crop(images, epochs[rows], ids[rows], *parts, bad)
                 images, start, pixels = [], b + 1, 0
         return Batch(
             crops=[torch.from_numpy(c).permute(0, 1, 4, 2, 3) for c in crops],  # [V,B,S,S,C] -> [V,B,C,S,S], no copy
@@ -158,6 +160,7 @@ class BatchMaker:
         ids: np.ndarray,
         crops: list[np.ndarray],
         params: list[np.ndarray],
+        bad: list[tuple[str, str]],
     ) -> None:
         """Fill crops [V,b,S,S,C] and params [V,b,P] of each resolution for b decoded images."""
         sizes = np.array([pixel_size(image) for image in images])
@@ -167,6 +170,21 @@ class BatchMaker:
                 out[v] = crops_of(images, drawn[v], view.size, view.crops.interpolation)
                 if policy := self.policies.get(view.number):
                     policy(out[v], self.seed, epochs, ids)
+                if view.crops.style != "none":
+                    self._style(out[v], drawn[v][:, STYLE], view, ids, bad)
+
+    def _style(
+        self, crops: np.ndarray, drawn: np.ndarray, view: View, ids: np.ndarray, bad: list[tuple[str, str]]
+    ) -> None:
+        """Give crops [b,S,S,C] the style of other images, each seen whole, as rows [b,3] say."""
+        for b in np.flatnonzero(drawn[:, style.KIND]).tolist():
+            pick, beta = float(drawn[b, style.PICK]), float(drawn[b, style.BETA])
+            other, _ = self._read(style.partner(pick, len(self.source), int(ids[b])), bad)
+            height, width = pixel_size(other)
+            whole = np.zeros((1, P), np.float32)
+            whole[0, :4] = 0, 0, width, height
+            seen = crops_of([other], whole, view.size, view.crops.interpolation)[0]
+            crops[b] = style.styled(crops[b], seen, int(drawn[b, style.KIND]), beta)
 
 
 def pixel_size(image: Prepared) -> tuple[int, int]:

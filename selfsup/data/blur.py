@@ -55,9 +55,10 @@ def _shifts(reach: int, size: int, device: torch.device) -> Tensor:
     return (source[:, :, None] == line).to(torch.float32).flatten(1)
 
 
-def blurred(x: Tensor, matrix: Tensor, fine: bool = False) -> Tensor:
-    """The same matrix [M,1,S,S] along both axes of [M,C,S,S], to whole levels unless `fine`."""
-    out = matrix @ x @ matrix.transpose(-1, -2)
+def blurred(x: Tensor, matrix: Tensor, down: Tensor | None = None, fine: bool = False) -> Tensor:
+    """The matrix [M,1,W,W] along both axes of [M,C,H,W], to whole levels unless `fine`; another one, `down` [M,1,H,H], where H
+    is not W."""
+    out = (matrix if down is None else down) @ x @ matrix.transpose(-1, -2)
     return out if fine else out.round_()
 
 

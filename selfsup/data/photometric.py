@@ -1,4 +1,4 @@
-"""Colour jitter, grey, blur, solarization, normalisation and erasing of a batch of crops on the training device.
+"""Moving, colour jitter, grey, blur, solarization, normalisation, noise and erasing of a batch of crops on the training device.
 
 Each operation gives what PIL gives, as torchvision's transforms and DINO's code call it, whole 8-bit levels included: values
 stay integers in 0..255 (held as float32) until the normalisation. The parameters stay on the CPU; what the device has
@@ -6,23 +6,26 @@ to know is computed there and sent along, so that nothing waits for the device.
 
 Crops of 16 bits (data.depth=16) are held in the same 0..255 with fractions, in 65536 steps, and nothing is rounded.
 
-Order, as in DINO: jitter (four operations in the drawn order), grey, blur, solarization; then light, a shift of each
-channel that is not cut to levels, normalisation, random erasing and Cutout. Operations on colour (saturation, hue, grey,
-light) apply to three channels, and are left out for any other number; the others work on each channel alone.
+Order: rotation and the like, an image-to-image module; as in DINO jitter (four operations in the drawn order), grey, blur,
+solarization; then light, a shift of each channel that is not cut to levels, normalisation, noise, salt and pepper, random
+erasing and Cutout. Operations on colour (saturation, hue, grey, light) apply to three channels, and are left out for any other
+number; the others work on each channel alone.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from selfsup.data import noise, warp
 from selfsup.data.blur import blurred, box_taps, matrices
 from selfsup.data.colour import luma, turn_hue, turn_hue_fine
 from selfsup.data.erasing import ZERO, erase
+from selfsup.data.modules import through
 from selfsup.data.photometric_rows import few_at_a_time, shifts
 from selfsup.data.rows import on_rows, send
-from selfsup.data.views import COLUMN, CUTOUT, ERASE, LIGHT, ORDERS, P
+from selfsup.data.views import COLUMN, CUTOUT, ERASE, LIGHT, NOISE, ORDERS, WARP, P
 from selfsup.errors import UserError
 
 _FEW = 48 * 48 * 3
@@ -37,10 +40,12 @@ def apply(
     std: Sequence[float],
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
+    module: nn.Module | None = None,
 ) -> Tensor:
     """uint8 (or uint16) crops [V,B,C,S,S] and their parameters [V,B,P] (on the CPU) -> normalised images [V,B,C,S,S] on `device`.
 
-    mean, std: C numbers, of values in [0, 1]. The device is never waited for.
+    mean, std: C numbers, of values in [0, 1]. module: what the rows with `module` go through (`modules.modules_of`).
+    The device is never waited for.
     """
     views, batch, channels, height, width = crops.shape
     if params.shape != (views, batch, P) or params.device.type != "cpu":
@@ -57,17 +62,23 @@ def apply(
     scale = np.array([1 / (255 * s) for s in std], dtype=np.float32)
     shift = np.array([-m / s for m, s in zip(mean, std, strict=True)], dtype=np.float32)
     fine = crops.dtype == torch.uint16
+    if fine:
+        x = x.to(torch.float32).mul_(255 / 65535)
+    x = warp.warp(x, p[:, WARP], [255 * m if fine else round(255 * m) for m in mean])
+    if module is not None:
+        x = through(module, x, p[:, COLUMN["module"]])
     if device.type == "cpu" and channels * height * width >= _FEW and not fine:
         x = few_at_a_time(x, p, scale, shift, dtype)
     else:
         x = x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        x = together(x.mul_(255 / 65535) if fine else x, p, fine)
+        x = together(x, p, fine)
         affine = send(np.stack([scale, shift]), device)[:, :, None, None]  # [2,C,1,1]
         if channels == 3 and p[:, LIGHT].any():
             x = torch.addcmul(send(shifts(p, scale, shift), device)[:, :, None, None], x, affine[0])
         else:
             x = torch.addcmul(affine[1], x, affine[0])
         x = x.to(dtype)
+    x = noise.add(x, p[:, NOISE], scale, shift)
     x = erase(x, p[:, ERASE], p[:, COLUMN["erase_fill"]])
     x = erase(x, p[:, CUTOUT], np.full(len(p), ZERO, np.float32))
     return x.view(views, batch, channels, height, width)
@@ -135,11 +146,13 @@ def _blur(x: Tensor, sigma: np.ndarray, fine: bool) -> Tensor:
     if not sigma.any():
         return x
     rows = np.flatnonzero(sigma > 0)
-    matrix = matrices(send(box_taps(sigma[rows]), x.device), x.shape[-1])[:, None]  # [M,1,S,S]
+    taps = send(box_taps(sigma[rows]), x.device)
+    matrix = matrices(taps, x.shape[-1])[:, None]  # [M,1,W,W]
+    down = matrix if x.shape[-2] == x.shape[-1] else matrices(taps, x.shape[-2])[:, None]
     if rows.size == len(x):
-        return blurred(x, matrix, fine)
+        return blurred(x, matrix, down, fine)
     index = send(rows, x.device)
-    return x.index_copy_(0, index, blurred(x.index_select(0, index), matrix, fine))
+    return x.index_copy_(0, index, blurred(x.index_select(0, index), matrix, down, fine))
 
 
 def _solarize(x: Tensor, threshold: np.ndarray) -> Tensor:

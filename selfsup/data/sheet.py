@@ -11,6 +11,7 @@ from torch import Tensor
 
 from selfsup.data import photometric
 from selfsup.data.batch import Batch
+from selfsup.data.modules import modules_of
 from selfsup.data.views import View
 
 _SIDE = 112
@@ -57,8 +58,11 @@ def sheet(
         for row, image in enumerate(originals[:count]):
             _paste(out, image.convert("RGB"), row, column, cell, min(cell / image.width, cell / image.height))
         column += 1
-    for crops, params, group in zip(batch.crops, batch.params, groups):
-        views = photometric.apply(crops[:, :count], params[:, :count], mean, std, "cpu")  # [V, n, C, S, S]
+    modules = modules_of(groups, len(mean), "cpu")
+    for crops, params, group, module in zip(batch.crops, batch.params, groups, modules):
+        views = photometric.apply(
+            crops[:, :count], params[:, :count], mean, std, "cpu", module=module
+        )  # [V, n, C, S, S]
         for view, rows in zip(group, views):
             _write(pen, font, column, cell, f"{view.name}, {view.size} px")
             for row, pixels in enumerate(_levels(rows, mean, std)):

@@ -4,7 +4,7 @@ Everything drawn is a pure function of (seed, epoch, image index, view number), 
 SplitMix64 (Steele et al., 2014), for a whole batch at once. The distributions are torchvision's RandomResizedCrop,
 RandomHorizontalFlip, ColorJitter, RandomGrayscale, RandomErasing, and the blur and solarization of DINO's code (Caron et
 al., 2021, `main_dino.py`, DataAugmentationDINO; `utils.py`, GaussianBlur). Geometry happens here, on uint8 in the workers,
-and after it what `policies` do; `photometric` does the rest on the training device.
+and after it what `policies` and `style` do; `photometric` does the rest on the training device.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from selfsup.config import Crops, ViewsConfig
-from selfsup.data import erasing
+from selfsup.data import erasing, noise, style, warp
 from selfsup.data.colour import light
 from selfsup.data.decode import Pixels
 from selfsup.data.sampler import hash64
@@ -37,7 +37,11 @@ _I, _J, _HFLIP, _VFLIP, _JITTER, _FACTORS, _ORDER, _GRAY, _BLUR, _SIGMA, _SOLARI
     2 * _ATTEMPTS + k for k in (0, 1, 2, 3, 4, 5, 9, 10, 11, 12, 13, 14)
 )
 _LIGHT, _CUTOUT, _ERASE = _DRAWS, _DRAWS + 4, _DRAWS + 6
-_MORE_DRAWS = _ERASE + erasing.DRAWS
+_WARP = _ERASE + erasing.DRAWS
+_NOISE = _WARP + warp.DRAWS
+_STYLE = _NOISE + noise.DRAWS
+_MODULE = _STYLE + style.DRAWS
+_MORE_DRAWS = _MODULE + 1
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -74,6 +78,22 @@ class ViewParams(NamedTuple):
     cutout_y: float = 0.0
     cutout_w: float = 0.0
     cutout_h: float = 0.0
+    angle: float = 0.0  # degrees; this and what follows: see `warp`
+    move_x: float = 0.0  # fractions of the crop's sides
+    move_y: float = 0.0
+    zoom: float = 0.0
+    shear_x: float = 0.0  # degrees
+    shear_y: float = 0.0
+    fill: float = 0.0  # 0: none of it
+    fill_level: float = 0.0
+    noise_std: float = 0.0  # levels: see `noise`
+    noise_key: float = 0.0
+    salt_part: float = 0.0  # of the pixels
+    salt_key: float = 0.0
+    style: float = 0.0  # which, and of which image: see `style`
+    style_pick: float = 0.0
+    style_beta: float = 0.0
+    module: float = 0.0  # 0 or 1
 
     def pack(self) -> np.ndarray:
         """As float32 [P]."""
@@ -94,6 +114,9 @@ COLUMN = {name: i for i, name in enumerate(ViewParams._fields)}
 LIGHT = slice(COLUMN["light_red"], COLUMN["light_blue"] + 1)
 ERASE = slice(COLUMN["erase_x"], COLUMN["erase_h"] + 1)
 CUTOUT = slice(COLUMN["cutout_x"], COLUMN["cutout_h"] + 1)
+WARP = slice(COLUMN["angle"], COLUMN["fill_level"] + 1)
+NOISE = slice(COLUMN["noise_std"], COLUMN["salt_key"] + 1)
+STYLE = slice(COLUMN["style"], COLUMN["style_beta"] + 1)
 
 
 @dataclass(frozen=True)
@@ -146,7 +169,9 @@ def draw(view: View, seed: int, epochs: np.ndarray, indices: np.ndarray, sizes: 
     """
     crops = view.crops
     erase = crops.probability("erase", view.index)
-    more = bool(crops.lighting or crops.cutout or erase)
+    noisy = bool(crops.noise or crops.salt_pepper)
+    moved, styled = warp.wanted(crops), crops.style != "none"
+    more = bool(crops.lighting or crops.cutout or erase or noisy or moved or styled or crops.module)
     u = uniforms(seed, epochs, indices, view.number, _MORE_DRAWS if more else _DRAWS)
     out = np.zeros((len(u), P), dtype=np.float64)
     out[:, :4] = _boxes(u, sizes.astype(np.float64), crops)
@@ -170,9 +195,17 @@ def draw(view: View, seed: int, epochs: np.ndarray, indices: np.ndarray, sizes: 
     if crops.cutout:
         out[:, CUTOUT] = erasing.squares(u[:, _CUTOUT:_ERASE], crops.cutout, crops.size)
     if erase:
-        u = u[:, _ERASE:]
-        out[:, ERASE] = erasing.boxes(u, erase, crops.size, crops.erase_area, crops.erase_ratio)
-        out[:, COLUMN["erase_fill"]] = erasing.fills(u, crops.erase_fill)
+        of_erasing = u[:, _ERASE:_WARP]
+        out[:, ERASE] = erasing.boxes(of_erasing, erase, crops.size, crops.erase_area, crops.erase_ratio)
+        out[:, COLUMN["erase_fill"]] = erasing.fills(of_erasing, crops.erase_fill)
+    if moved:
+        out[:, WARP] = warp.drawn(u[:, _WARP:_NOISE], crops)
+    if noisy:
+        out[:, NOISE] = noise.drawn(u[:, _NOISE:_STYLE], crops)
+    if styled:
+        out[:, STYLE] = style.drawn(u[:, _STYLE:_MODULE], crops)
+    if crops.module:
+        out[:, COLUMN["module"]] = u[:, _MODULE] < crops.module_probability
     return out.astype(np.float32)
 
 

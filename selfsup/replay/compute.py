@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from selfsup import methods, runtime
 from selfsup.config import Config
 from selfsup.data import photometric
+from selfsup.data.modules import modules_of
 from selfsup.data.views import resolutions
 from selfsup.errors import UserError
 from selfsup.methods.contract import ViewBatch
@@ -184,7 +185,7 @@ def _pass(
         for micro in range(count):
             if watch is not None:
                 watch.micro = micro
-            views = _views(refused, micro, config, device)
+            views = _views(refused, micro, method, config, device)
             try:
                 with runtime.autocast(config):
                     out = method(views, dict(refused.info.schedules))
@@ -200,13 +201,16 @@ def _pass(
     return losses, {k: float(v) for k, v in mean.items()}
 
 
-def _views(refused: Refused, micro: int, config: Config, device: torch.device) -> ViewBatch:
+def _views(refused: Refused, micro: int, method: Any, config: Config, device: torch.device) -> ViewBatch:
     batch = refused.batches[micro]
+    modules = modules_of(resolutions(method.views()), len(config.mean), device)
+    if len(modules) != len(batch.crops):  # trained on other views
+        modules = [None] * len(batch.crops)
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     return ViewBatch(
         images=[
-            photometric.apply(crops, params, config.mean, config.std, device, dtype)
-            for crops, params in zip(batch.crops, batch.params)
+            photometric.apply(crops, params, config.mean, config.std, device, dtype, module)
+            for crops, params, module in zip(batch.crops, batch.params, modules)
         ],
         positions=batch.positions.to(device),
         labels=batch.labels.to(device),
@@ -320,7 +324,7 @@ def _picture(refused: Refused, method: Any, config: Config, images: list[dict[st
     cpu = torch.device("cpu")
     micro = [
         [contact_sheet.displayed(k[:, : contact_sheet.MOST], config.mean, config.std) for k in views.images]
-        for views in (_views(refused, m, config, cpu) for m in range(len(refused.batches)))
+        for views in (_views(refused, m, method, config, cpu) for m in range(len(refused.batches)))
     ]
     kinds, groups = refused.batches[0].crops, resolutions(method.views())
     rows = [[view.name for view in group] for group in groups]

@@ -31,10 +31,11 @@ from selfsup.config import Config, Positive, Section, validate
 from selfsup.data.batch import Batch
 from selfsup.data.erasing import KEYS, MEAN
 from selfsup.data.views import ORDERS, P, ViewParams
+from selfsup.data.warp import FILLS
 from selfsup.errors import UserError
 
-_FORMER_P = 14
-"""Parameters of a view before there were light, erasing and Cutout, which is how long their rows are in older folders."""
+_FORMER_P = (14, 26)
+"""How long the rows of parameters of a view are in older folders: before there were light, erasing and Cutout; before warps."""
 
 _NAME = re.compile(r"^step_\d{8,}_rank_\d{5,}$")
 
@@ -268,9 +269,9 @@ def _vector(tensors: Mapping[str, Tensor], name: str) -> Tensor:
 
 def _completed(params: Tensor) -> Tensor:
     """Rows of a former version with what was not drawn then."""
-    if params.shape[-1:] != (_FORMER_P,):
+    if params.ndim == 0 or params.shape[-1] not in _FORMER_P:
         return params
-    return torch.cat([params, params.new_zeros(*params.shape[:-1], P - _FORMER_P)], dim=-1)
+    return torch.cat([params, params.new_zeros(*params.shape[:-1], P - params.shape[-1])], dim=-1)
 
 
 def _check_params(params: Tensor, name: str, crops: tuple[int, ...]) -> None:
@@ -282,6 +283,10 @@ def _check_params(params: Tensor, name: str, crops: tuple[int, ...]) -> None:
     sound = bool(torch.isfinite(params).all()) and order.min() >= -1 and order.max() < len(ORDERS)
     sound = sound and (order == order.round()).all() and sigma.min() >= 0 and sigma.max() <= 4 * crops[-1]
     sound = sound and (fill == fill.round()).all() and fill.min() >= MEAN and fill.max() < KEYS
+    moved = columns["fill"] > 0
+    sound = sound and (columns["fill"] == columns["fill"].round()).all() and columns["fill"].min() >= 0
+    sound = sound and columns["fill"].max() <= len(FILLS) and (columns["zoom"][moved] > 0).all()
+    sound = sound and torch.stack([columns["shear_x"], columns["shear_y"]]).abs().max() < 90
     for box in ("erase", "cutout"):
         for start, extent in (("x", "w"), ("y", "h")):
             low, length = columns[f"{box}_{start}"], columns[f"{box}_{extent}"]

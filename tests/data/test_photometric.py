@@ -242,7 +242,8 @@ class Watch(TorchDispatchMode):
 
 
 def test_nothing_waits_for_the_device():
-    view = multicrop(ViewsConfig(**{"global": Crops(blur=0.5, solarize=0.3)}))[0]
+    moved = {"rotate": 30, "zoom": (0.8, 1.2), "fill": "reflect", "affine": 0.5, "noise": 0.5, "salt_pepper": 0.5}
+    view = multicrop(ViewsConfig(**{"global": Crops(blur=0.5, solarize=0.3, **moved)}))[0]
     rows = torch.from_numpy(draw(view, 0, np.zeros(32, int), np.arange(32), np.full((32, 2), 32)))[None]
     crops = torch.from_numpy(np.stack([noise(3, 32, i) for i in range(32)])).permute(0, 3, 1, 2)[None]
     with Watch() as watch:
@@ -255,7 +256,8 @@ def test_nothing_waits_for_the_device():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 def test_cuda_equals_cpu_and_never_waits():
-    view = multicrop(ViewsConfig(**{"global": Crops(size=64, blur=0.5, solarize=0.3)}))[0]
+    moved = {"rotate": 30, "fill": "wrap", "affine": 0.5, "noise": 0.5, "salt_pepper": 0.5}
+    view = multicrop(ViewsConfig(**{"global": Crops(size=64, blur=0.5, solarize=0.3, **moved)}))[0]
     n = 64
     rows = torch.from_numpy(draw(view, 0, np.zeros(n, int), np.arange(n), np.full((n, 2), 64)))[None]
     crops = torch.from_numpy(np.stack([noise(3, 64, i) for i in range(n)])).permute(0, 3, 1, 2)[None]
