@@ -10,6 +10,7 @@ from selfsup import config
 from selfsup.config import Positive, Probability, Range, Section
 from selfsup.errors import UserError
 
+from .detect_settings import DetectSettings
 from .many import Many
 from .segment_settings import SegmentSettings
 
@@ -175,6 +176,7 @@ VERBS: dict[str, type[Section]] = {
     "finetune": FinetuneSettings,
     "exits": ExitsSettings,
     "segment": SegmentSettings,
+    "detect": DetectSettings,
 }
 
 
