@@ -10,6 +10,7 @@ from selfsup import config
 from selfsup.config import Level, Positive, Probability, Section, ValueRange
 from selfsup.errors import UserError
 
+from .detect_settings import DetectSettings
 from .many import Many
 from .segment_settings import SegmentSettings
 
@@ -177,6 +178,7 @@ VERBS: dict[str, type[Section]] = {
     "finetune": FinetuneSettings,
     "exits": ExitsSettings,
     "segment": SegmentSettings,
+    "detect": DetectSettings,
 }
 
 

@@ -22,6 +22,8 @@ EVALUATIONS = {
     "finetune": "the whole backbone trained with labels, then the same figures",
     "segment": "a segmentation head trained on masks=FOLDER (head=linear, multilayer, mlp, upernet or unetr; trunk=frozen or "
     "finetune): mIoU, Dice, boundary IoU at the masks' own size, and a sheet of pictures",
+    "detect": "a detector trained on boxes=FILE|FOLDER (COCO, VOC or YOLO; detector=fcos, retinanet or fasterrcnn; "
+    "loss=smooth_l1, iou, giou, diou or ciou; trunk=frozen or finetune): mAP, mAP50, mAP75, each class, and a sheet of pictures",
     "attention": "picture: where each head of a ViT looks",
     "pca": "picture: patch features as colours, one PCA over all images",
     "tsne": "picture: a map of embeddings with thumbnails",
