@@ -21,7 +21,8 @@ EVALUATIONS = {
     "exits": "each exit of a run of method=byot alone: top-1, operations, parameters",
     "finetune": "the whole backbone trained with labels, then the same figures",
     "segment": "a segmentation head trained on masks=FOLDER (head=linear, multilayer, mlp, upernet or unetr; trunk=frozen or "
-    "finetune): mIoU, Dice, boundary IoU at the masks' own size, and a sheet of pictures",
+    "finetune): mIoU, Dice, boundary IoU at the masks' own size, a sheet of pictures, and the model in RUN/eval/segment; that "
+    "folder as TARGET is measured without training, or writes masks: predictions=OUT",
     "attention": "picture: where each head of a ViT looks",
     "pca": "picture: patch features as colours, one PCA over all images",
     "tsne": "picture: a map of embeddings with thumbnails",
