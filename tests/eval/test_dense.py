@@ -70,7 +70,7 @@ def test_which_mask_is_whose(tmp_path: Path):
         with pytest.raises(UserError, match=said):
             masks.matched([*names, Path(more)], tmp_path / "masks")
     Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "masks" / "2.png")
-    with pytest.raises(UserError, match="there is also 2[.]npy"):
+    with pytest.raises(UserError, match=r"there is also 2\.npy"):
         masks.matched(names, tmp_path / "masks")
 
 
@@ -120,7 +120,7 @@ def test_segment_knn_from_end_to_end(run: Path, pairs: tuple[Path, Path], tmp_pa
     assert np.asarray(Image.open(tmp_path / "b.png")).std() > 5 and "segment-knn" in capsys.readouterr().out
     next(masks.iterdir()).rename(tmp_path / "gone.png")
     try:
-        with pytest.raises(UserError, match="no mask .*a mask has its image"):
+        with pytest.raises(UserError, match=r"no mask .*a mask has its image"):
             segment_knn.run(str(run), words, tmp_path / "c.json")
     finally:
         first = sorted(images.iterdir())
