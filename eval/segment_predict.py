@@ -32,12 +32,14 @@ class Writer:
         self.out, self.top = Path(out).expanduser(), Path(top).expanduser()
         self.ids = np.array(classes.ids, np.uint16)
         self.colours = palette(256).tobytes()
+        if self.out.resolve().is_relative_to(self.top.resolve()):
+            raise UserError(
+                f"predictions={out}: in the folder of the images; masks would be taken for some; name another"
+            )
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"predictions={out}: {error.strerror or error}; name a folder of yours") from None
-        if self.out.resolve() == self.top.resolve():
-            raise UserError(f"predictions={out}: the folder of the images; masks would take their names; name another")
 
     def path(self, image: Path) -> Path:
         """Of an image's mask."""

@@ -40,11 +40,14 @@ class TrainingState:
         try:
             found = tensorfile.read(self.path)
             step, loss = int(found["step"]), float(found["loss"])
-            load_state_tensors(optimizer, _part(found, "optimizer|"))
-            _load_moving(model, _part(found, "model|"))
-        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            weights = _fitting(model, _part(found, "model|"))
+            load_state_tensors(optimizer, _part(found, "optimizer|"))  # changes nothing where it does not fit
+        except (OSError, SafetensorError, KeyError) as error:
             print(f"{self.path}: left alone, the training begins anew: {one_line(error, 160)}", file=sys.stderr)
             return 0, float("nan")
+        with torch.no_grad():
+            for name, value in moving(model).items():
+                value.copy_(weights[name])
         print(f"goes on at step {step:,} of {self.path}", file=sys.stderr)
         return step, loss
 
@@ -80,13 +83,11 @@ def moving(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if not (frozen and name.startswith("trunk."))}
 
 
-def _load_moving(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    wanted = moving(model)
-    if wanted.keys() != tensors.keys():
-        raise KeyError(f"{len(tensors)} tensors of the model; it has {len(wanted)}")
-    with torch.no_grad():
-        for name, value in wanted.items():
-            value.copy_(tensors[name])
+def _fitting(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    wanted = {name: value.shape for name, value in moving(model).items()}
+    if wanted != {name: value.shape for name, value in tensors.items()}:
+        raise KeyError(f"{len(tensors)} tensors of another model")
+    return tensors
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

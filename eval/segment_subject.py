@@ -25,11 +25,8 @@ from .targets import Target, open_target
 _OF_A_MODEL = {"data", "masks", "layout", "max_val", "size", "inference", "test_scales", "test_flip", "boundary"}
 _OF_A_MODEL |= {"pictures", "predictions", "precision", "workers", "device", "seed"}
 """Keys that count where TARGET is a trained model."""
-_NOT_TRAINING = _OF_A_MODEL - {"data", "size", "precision", "device", "seed"} | {
-    "save_every",
-    "val_fraction",
-    "max_train",
-}
+_NOT_TRAINING = _OF_A_MODEL - {"data", "size", "precision", "device", "seed"}
+_NOT_TRAINING |= {"save_every", "val_fraction", "max_train"}
 """Keys that the trained weights are no function of, but for the images, whose fingerprint is taken."""
 
 
@@ -57,18 +54,15 @@ def trained(target: str, settings: SegmentSettings, out: Path | None) -> Subject
     backbone.check_size(size)
     train_fingerprint = fingerprint(layout.train)
     folder, key = _folder(opened, out), _key(opened, settings, classes, size, train_fingerprint)
-    if folder is not None and segment_model.is_model(folder) and segment_model.describe(folder).key == key:
-        print(f"{folder}: trained with these keys on these images; not trained again", file=sys.stderr)
-        model, training = segment_model.load(folder, settings.device), segment_model.describe(folder).training
+    if (done := _finished(folder, key, settings.device)) is not None:
+        model, training = done
     else:
         model = _fresh(opened, settings, classes, size)
         model.predictor(settings.inference, size=size)  # what it cannot do is said before it is trained
         reader = Reader(backbone.in_chans, settings.data.max_pixels, settings.data.value_range, classes)
         fill = np.clip(np.rint(255 * np.array(backbone.mean)), 0, 255).astype(np.uint8)
-        crops, state = (
-            Crops(layout.train, reader, settings, size, fill),
-            TrainingState(folder, key, settings.save_every),
-        )
+        crops = Crops(layout.train, reader, settings, size, fill)
+        state = TrainingState(folder, key, settings.save_every)
         normalise = Normalise(backbone.mean, backbone.std, device)
         training = train_head(model.segmenter, crops, settings, weights, normalise, state)
         training["trained_on"] = f"{len(layout.train):,} images, {training['steps']} steps of {settings.batch}"
@@ -83,6 +77,22 @@ def trained(target: str, settings: SegmentSettings, out: Path | None) -> Subject
     if folder is not None:
         protocol["model"] = str(folder)
     return Subject(model, opened, layout.val, protocol)
+
+
+def _finished(folder: Path | None, key: str, device: str) -> tuple[SegmentModel, dict[str, Any]] | None:
+    """The model of the same training and what is said of it, if it was done before; what is damaged is trained anew."""
+    if folder is None or not segment_model.is_model(folder):
+        return None
+    try:
+        file = segment_model.describe(folder)
+        if file.key != key:
+            return None
+        model = segment_model.load(folder, device)
+    except UserError as error:
+        print(f"{error}; it is trained anew", file=sys.stderr)
+        return None
+    print(f"{folder}: trained with these keys on these images; not trained again", file=sys.stderr)
+    return model, file.training
 
 
 def loaded(folder: str, settings: SegmentSettings) -> Subject:

@@ -33,7 +33,8 @@ EVALUATIONS = {
     "fewshot": "1, 5, 10 labelled images of each class, many times: mean top-1 and its interval",
     "retrieval": "are a query's class mates ranked first: mAP",
     "duplicates": "pairs of images that are nearly the same",
-    "robustness": "k-NN under corruptions of the val images, mild and strong",
+    "robustness": "k-NN under corruptions of the val images, mild and strong; by=classifier: top-1 and calibration of what was "
+    "trained to tell classes",
     "layers": "a linear probe on every layer, and the curve",
     "augmentations": "picture: the views that a RECIPE or RUN makes of its first images",
 }
@@ -48,7 +49,7 @@ def evaluate(task: str, target: str, overrides: list[str], out: Path | None) -> 
 def _handed_in(task: str) -> dict[str, Any]:
     if task == "augmentations":
         return {"views": views_of}
-    if task not in ("classify", "exits", "finetune"):
+    if task not in ("classify", "exits", "finetune", "robustness"):
         return {}
     from selfsup.methods.load import load_classifiers
 

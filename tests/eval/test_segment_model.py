@@ -113,7 +113,11 @@ def test_a_damaged_state_is_said_and_training_begins_anew(data: Path, vit: Path,
     (tmp_path / "cut" / f"training-{key[:16]}.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     evaluated(vit, given, tmp_path / "cut.json")
     assert "the training begins anew" in capsys.readouterr().err
-    assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
+    wanted = weights(tmp_path / "whole")
+    assert wanted == weights(tmp_path / "cut")
+    (tmp_path / "cut" / "head.safetensors").write_bytes(b"torn")
+    evaluated(vit, given, tmp_path / "cut.json")
+    assert "it is trained anew" in capsys.readouterr().err and wanted == weights(tmp_path / "cut")
 
 
 def test_a_finished_training_is_not_repeated(trained: tuple[Path, dict], vit: Path, monkeypatch):
@@ -202,7 +206,8 @@ def test_predictions_go_on_and_leave_out_what_cannot_be_read(trained: tuple[Path
     [
         (["head=mlp", "masks={0}/masks"], "head: .* is a trained model, and nothing is trained"),
         ([], "no masks, so no figures"),
-        (["predictions={0}/images"], "the folder of the images"),
+        (["predictions={0}/images"], "in the folder of the images"),
+        (["predictions={0}/images/masks"], "in the folder of the images"),
         (["masks={0}/plain"], r"id 0, 1.* is no class; known are 10, 20, 30, 40, 50, 255 to be ignored"),
     ],
 )
