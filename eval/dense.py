@@ -15,6 +15,7 @@ from selfsup.data.sources import Source
 from selfsup.errors import UserError
 
 from .features import Transform
+from .masks import matched, read_ids
 from .targets import Target
 
 _BATCH = 16
@@ -28,29 +29,23 @@ def backbone_of(target: Target, task: str) -> Backbone:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Ids int64 [H, W] of a mask file with one number a pixel (grey, palette, 16 bits). Raises UserError for another one."""
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("1", "L", "P", "I", "I;16"):
-                raise UserError(f"{path}: a mask of mode {image.mode}; masks have one id a pixel (grey or palette)")
-            return np.asarray(image).astype(np.int64)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as a mask: {error}") from None
+    """Ids int64 [H, W] of a mask file (see `masks`)."""
+    return read_ids(path).astype(np.int64)
 
 
-def mask_files(source: Source, folder: str) -> list[Path]:
-    """The mask of every image: a PNG file with its name. Raises UserError naming the images that have none."""
+def mask_files(source: Source, spec: str, folder: str) -> list[Path]:
+    """The mask of every image of `data=spec`. Raises UserError naming an image that has none."""
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise UserError(f"masks={folder}: no such folder; give the one that holds a PNG file for every image")
-    found = {path.stem: path for path in sorted(root.rglob("*.png"), reverse=True)}
-    stems = [Path(source.name(i)).stem for i in range(len(source))]
-    missing = [stem for stem in stems if stem not in found]
-    if missing:
-        raise UserError(
-            f"masks={folder}: {len(missing)} of {len(stems)} images have no mask; the first needs {missing[0]}.png"
-        )
-    return [found[stem] for stem in stems]
+        raise UserError(f"masks={folder}: no such folder; give the one that holds a mask for every image")
+    return matched(image_names(source, spec), root)
+
+
+def image_names(source: Source, spec: str) -> list[Path]:
+    """Relative to the folder `data=spec` where they are files in it."""
+    top = Path(spec).expanduser()
+    names = [Path(source.name(i)) for i in range(len(source))]
+    return [p.relative_to(top) if p.is_relative_to(top) else p for p in names]
 
 
 def squares(source: Source, rows: np.ndarray, transform: Transform) -> Iterator[tuple[Tensor, np.ndarray]]:

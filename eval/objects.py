@@ -39,7 +39,7 @@ def run(target: str, overrides: list[str], out: Path | None = None) -> dict[str,
     spec = val_spec(opened, settings)
     source = open_source(spec, channels=channels_of(opened, settings, spec), config=data_options(opened, settings))
     rows = np.arange(len(source)) if settings.masks is not None else spread(len(source), settings.images)
-    masks = mask_files(source, settings.masks) if settings.masks is not None else None
+    masks = mask_files(source, spec, settings.masks) if settings.masks is not None else None
     transform = transform_for(opened, Images(source, rows, spec), settings)
     if not dist.is_main():
         return {}

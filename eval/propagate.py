@@ -24,11 +24,11 @@ from selfsup.data.eval_transform import resized
 from selfsup.data.sources import BadImage, open_source
 from selfsup.errors import UserError
 
-from . import results
+from . import masks, results
 from .canvas import INK, bare, new_figure, save
 from .datasets import data_options
 from .davis import contour, region
-from .dense import backbone_of, maps_of, overlay, read_mask, save_mask
+from .dense import backbone_of, image_names, maps_of, overlay, read_mask, save_mask
 from .pca import layer_of
 from .progress import Progress
 from .settings import resolve
@@ -66,8 +66,8 @@ def run(target: str, overrides: list[str], out: Path | None = None) -> dict[str,
     table: list[dict[str, Any]] | None = None
     if truths is not None:
         judged = range(1, len(found) - 1) if len(found) > 2 else range(1, len(found))
-        masks = {i: read_mask(truths[i]) for i in judged}
-        table = [score(o, found, masks) for o in objects]
+        known = {i: read_mask(truths[i]) for i in judged}
+        table = [score(o, found, known) for o in objects]
         metrics = {key: float(np.mean([row[key] for row in table])) for key in ("j_and_f", "j", "f")}
     protocol = {
         "method": "label propagation of the first frame and of frames before, as DINO's eval_video_segmentation",
@@ -102,12 +102,12 @@ def open_frames(target: Target, settings: PropagateSettings) -> tuple[Source, np
         raise UserError(f"data={settings.data.path}: {len(source)} frame; two or more are needed")
     path, truths = Path(settings.masks).expanduser(), None
     if path.is_dir():
-        stems = [Path(source.name(i)).stem for i in range(len(source))]
-        missing = [stem for stem in stems if not (path / f"{stem}.png").is_file()]
-        if stems[0] in missing:
-            raise UserError(f"masks={path}: no {stems[0]}.png, the mask of the first frame")
-        truths = None if missing else [path / f"{stem}.png" for stem in stems]
-        path = path / f"{stems[0]}.png"
+        found = masks.find(image_names(source, settings.data.path), path)
+        if found[0] is None:
+            raise UserError(f"masks={path}: no {Path(source.name(0)).stem}.png, the mask of the first frame")
+        every = [mask for mask in found if mask is not None]
+        truths = every if len(every) == len(found) else None
+        path = found[0]
     first = read_mask(path)
     if not (first > 0).any():
         raise UserError(f"{path}: no object in the first frame's mask; ids above 0 are objects")

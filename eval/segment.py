@@ -1,6 +1,7 @@
 """Semantic segmentation on a backbone: train a head on masks, predict at the original size, count, draw.
 
-Nothing is chosen on the val images: they are looked at once, by the weights of the last step.
+Nothing is chosen on the val images: they are looked at once, by the weights of the last step. The trained model is kept beside
+the result; given as TARGET, it is measured on other images, or predicts masks for them, and nothing is trained.
 """
 
 import json
@@ -13,28 +14,39 @@ import torch
 from selfsup import dist
 from selfsup.errors import UserError
 
-from . import results
+from . import results, segment_model
 from .progress import Progress
-from .segment_crops import Crops
-from .segment_data import Reader, fingerprint, open_classes
+from .segment_data import Reader, fingerprint
 from .segment_figures import Counts, count, figures, interval, per_class
-from .segment_heads import Trunk, create_head
-from .segment_layouts import Pairs, open_layout
+from .segment_layouts import Pairs
+from .segment_model import SegmentModel
+from .segment_predict import Writer, predict
 from .segment_settings import SegmentSettings
-from .segment_test import Predictor
-from .segment_train import Normalise, Segmenter, class_weights, train_head
+from .segment_subject import check_keys, has_masks, loaded, trained
 from .settings import resolve
 from .shown import spread
-from .targets import Target, open_target
 
 
 def run(target: str, overrides: list[str], out: Path | None = None) -> dict[str, Any]:
     """`selfsup eval segment TARGET data=IMAGES masks=MASKS`: print the result, write it to `out` or RUN/eval/segment*.json.
 
-    Beside it the sheet of pictures, segment*.png.
+    Beside it the sheet of pictures, segment*.png, and the trained model, the folder segment*. A stopped training is gone on with
+    by the same command; a finished one is not repeated. TARGET may be such a folder: nothing is trained then, and with
+    `predictions=OUT` no masks are needed.
     """
     settings = resolve("segment", overrides)
     assert isinstance(settings, SegmentSettings)
+    if segment_model.is_model(target) and not has_masks(settings):
+        check_keys(target, settings)
+        if settings.predictions is None:
+            raise UserError(
+                f"data={settings.data.path}: no masks, so no figures; give masks=FOLDER, or predictions=OUT"
+            )
+        if out is not None:
+            raise UserError(
+                f"--out {out}: without masks there are no figures to write; give masks=FOLDER, or leave it out"
+            )
+        return predict(segment_model.load(target, settings.device), Path(target), settings)
     result, _ = evaluate(target, settings, out)
     show(result, out)
     return result
@@ -45,103 +57,61 @@ def evaluate(target: str, settings: SegmentSettings, out: Path | None = None) ->
     results.check_destination(out)
     if dist.env_world()[1] > 1:
         raise UserError("eval segment runs as one process; start it without torchrun or with one task")
-    layout = open_layout(settings)
-    opened = open_target(target, device=settings.device)
-    if opened.backbone is None:
-        raise UserError("eval segment: pixels have no maps of features; give a run or a backbone")
-    classes, train_pixels, _ = open_classes(layout, settings)
-    weights = class_weights(settings, train_pixels)
-    assert layout.val is not None
-    backbone, device = opened.backbone, opened.device
-    size = settings.size or (opened.config.views.global_.size if opened.config is not None else backbone.input_size)
-    backbone.check_size(size)
-    if settings.inference == "whole" and backbone.fixed_size:
-        raise UserError(
-            f"inference=whole: {backbone.name} takes {backbone.input_size} pixels alone; use inference=slide"
-        )
-    reader = Reader(backbone.in_chans, settings.data.max_pixels, settings.data.value_range, classes)
-    model = _model(opened, settings, len(classes)).to(device)
-    fill = np.clip(np.rint(255 * np.array(backbone.mean)), 0, 255).astype(np.uint8)
-    crops = Crops(layout.train, reader, settings, size, fill)
-    trained = train_head(model, crops, settings, weights, Normalise(backbone.mean, backbone.std, device))
-    predictor = Predictor(
-        _forward(model, settings, device), mean=backbone.mean, std=backbone.std, size=size, multiple=max(32, backbone.stride),
-        inference=settings.inference, scales=settings.test_scales, flip=settings.test_flip, device=device,
-    )  # fmt: skip
-    counts, rows = _measure(predictor, layout.val, reader, settings)
+    subject = loaded(target, settings) if segment_model.is_model(target) else trained(target, settings, out)
+    model, opened, val = subject.model, subject.target, subject.val
+    reader = Reader(
+        model.segmenter.trunk.backbone.in_chans, settings.data.max_pixels, settings.data.value_range, model.table
+    )
+    top = settings.data.val or settings.data.path
+    writer = Writer(settings.predictions, model.table, str(top)) if settings.predictions is not None else None
+    counts, rows = _measure(model, val, reader, settings, writer)
     metrics = figures(counts)
     protocol = {
-        **layout.facts,
-        "split": layout.split,
-        "train_images": len(layout.train),
-        "val_images": len(layout.val),
-        "train_fingerprint": fingerprint(layout.train),
-        "val_fingerprint": fingerprint(layout.val),
-        "classes": len(classes),
-        "class_names": classes.names,
+        **subject.protocol,
+        "val_images": len(val),
+        "val_fingerprint": fingerprint(val),
+        "classes": len(model.classes),
+        "class_names": model.classes,
         "miou_interval_95": interval(counts, settings.seed),
         "interval": "percentile bootstrap over val images",
         "measured_at": "the size of each mask",
-        "layers": model.trunk.layers,
-        "size": size,
-        "trained_on": f"{len(layout.train):,} images, {trained['steps']} steps of {settings.batch}",
-        "selected": "nothing: the weights of the last step, with the keys given",
-        "training": trained,
+        "layers": model.segmenter.trunk.layers,
+        "size": settings.size or model.size,
         "settings": settings.model_dump(mode="json"),
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "versions": results.versions(),
     }
-    if class_weights_used := (None if weights is None else [round(float(w), 5) for w in weights]):
-        protocol["class_weights"] = class_weights_used
+    if writer is not None:
+        protocol["note"] = f"predicted masks are in {writer.out}"
     result = results.result("segment", opened, metrics, protocol)
-    result["per_class"] = per_class(counts, classes.names)
+    result["per_class"] = per_class(counts, model.classes)
     path = out or results.path_in_run("segment", opened)
     if path is not None and rows:
         from .segment_pictures import sheet
 
         picture = path.with_suffix(".png")
         picture.parent.mkdir(parents=True, exist_ok=True)
-        title = f"{settings.head} on {opened.name}: mIoU {100 * metrics['miou']:.1f} %"
-        result["pictures"] = [str(sheet(rows, classes.names, title, picture))]
+        title = f"{protocol['head']} on {opened.name}: mIoU {100 * metrics['miou']:.1f} %"
+        result["pictures"] = [str(sheet(rows, model.classes, title, picture))]
     json.dumps(result, allow_nan=False)
     results.save(result, opened, out)
     return result, counts
 
 
-def _model(target: Target, settings: SegmentSettings, classes: int) -> Segmenter:
-    assert target.backbone is not None
-    backbone = target.backbone
-    trunk = Trunk(backbone, settings.head)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        head = create_head(
-            settings.head, trunk.channels, classes, stride=backbone.stride, in_chans=backbone.in_chans, width=settings.width,
-            dropout=settings.dropout,
-        )  # fmt: skip
-    return Segmenter(trunk, head, frozen=settings.trunk == "frozen")
-
-
-def _forward(model: Segmenter, settings: SegmentSettings, device: torch.device) -> Any:
-    def forward(images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bf16"):
-            logits = model(images)
-        return torch.nn.functional.interpolate(
-            logits.float(), size=images.shape[-2:], mode="bilinear", align_corners=False
-        )
-
-    return forward
-
-
 def _measure(
-    predictor: Predictor, val: Pairs, reader: Reader, settings: SegmentSettings
+    model: SegmentModel, val: Pairs, reader: Reader, settings: SegmentSettings, writer: Writer | None
 ) -> tuple[Counts, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
     """Counts of every val image, and those that are drawn: evenly spaced ones."""
+    predictor = model.predictor(
+        settings.inference, settings.test_scales, settings.test_flip, settings.precision, settings.size
+    )
     shown = set(spread(len(val), settings.pictures).tolist())
     progress, found, rows = Progress(len(val), "val images"), [], []
     for i, (image, mask) in enumerate(zip(val.images, val.masks)):
         pixels, truth = reader.pair(image, mask)
         predicted = predictor(pixels)
         found.append(count(predicted, torch.from_numpy(truth).long(), len(reader.classes), settings.boundary))
+        if writer is not None:
+            writer.write(image, predicted)
         if i in shown:
             rows.append((pixels, truth, predicted.numpy()))
         progress.advance(1)

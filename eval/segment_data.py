@@ -1,7 +1,6 @@
 """Images with masks: how masks are read, and that every one of them is checked before anything is trained.
 
-A mask is a palette or grey image (PNG, TIFF, ... or .npy) whose values are ids. Everything that goes wrong with one is a
-UserError that names the file: no head is trained on what was not understood.
+Everything that goes wrong with one is a UserError that names the file: no head is trained on what was not understood.
 """
 
 import hashlib
@@ -15,17 +14,18 @@ import numpy as np
 from PIL import Image
 
 from selfsup.data.arrays import ValueRange
-from selfsup.data.decode import BadImage, decode, read_file
+from selfsup.data.decode import BadImage, decode
 from selfsup.errors import UserError
 
+from .masks import IDS, read_ids
 from .progress import Progress
 from .segment_layouts import Layout, Pairs
 from .segment_settings import SegmentSettings
 
 IGNORE = -1
 """What is neither trained nor counted, in every mask that this module gives out."""
-_REFUSED = -2
-_IDS = 65536
+REFUSED = -2
+"""In a table of classes: an id that is an error."""
 _ORIENTATION = 0x0112  # EXIF; 5 to 8 swap the sides
 
 
@@ -39,6 +39,16 @@ class Classes:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def ids(self) -> list[int]:
+        """The id of each class in masks."""
+        return [int(np.flatnonzero(self.table == k)[0]) for k in range(len(self.names))]
+
+    @property
+    def others_ignored(self) -> bool:
+        """Whether ids that are in no class are ignored instead of refused."""
+        return not (self.table == REFUSED).any()
 
 
 @dataclass
@@ -62,7 +72,7 @@ class Reader:
         """int16 [H, W]: class numbers and IGNORE. Raises UserError naming the file and the id."""
         raw = read_ids(path, self.max_pixels)
         out = self.classes.table[raw]
-        if (out == _REFUSED).any():
+        if (out == REFUSED).any():
             raise UserError(_bad_id(path, raw, out, self.classes))
         return out
 
@@ -74,32 +84,8 @@ class Reader:
         return pixels, ids
 
 
-def read_ids(path: Path, max_pixels: int = 100_000_000) -> np.ndarray:
-    """The ids of a mask as they are stored, an unsigned type [H, W]: indices of a palette, or grey values."""
-    try:
-        if path.suffix.lower() == ".npy":
-            array = np.load(path, allow_pickle=False)
-        else:
-            read_file(path, 1, max_pixels)  # what is no file, or is too large
-            with Image.open(path) as image:
-                array = np.asarray(image) if image.mode not in ("1",) else np.asarray(image).astype(np.uint8)
-    except (BadImage, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"masks: {path}: cannot be read: {error}") from None
-    if array.ndim == 3 and (array == array[..., :1]).all():
-        array = array[..., 0]  # grey, stored in several channels
-    if array.ndim != 2:
-        raise UserError(
-            f"masks: {path}: shape {array.shape}, colours instead of ids; save it as a palette or grey image whose values are ids"
-        )
-    if array.dtype.kind not in "bui" or (array.size and (array.min() < 0 or array.max() >= _IDS)):
-        raise UserError(
-            f"masks: {path}: values of type {array.dtype}, {array.min()} to {array.max()}; ids are 0 to 65535"
-        )
-    return array.astype(np.uint16) if array.dtype not in (np.uint8, np.uint16) else array
-
-
 def _bad_id(path: Path, raw: np.ndarray, out: np.ndarray, classes: Classes) -> str:
-    wrong = np.unique(raw[out == _REFUSED])
+    wrong = np.unique(raw[out == REFUSED])
     known = np.flatnonzero(classes.table >= 0)
     shown = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
     ignored = np.flatnonzero(classes.table == IGNORE)
@@ -110,7 +96,7 @@ def _bad_id(path: Path, raw: np.ndarray, out: np.ndarray, classes: Classes) -> s
         else ", ".join(map(str, known[:8]))
     )
     return (
-        f"masks: {path}: id {shown} ({int((out == _REFUSED).sum())} pixels) is no class; known are {extent}{also}; "
+        f"masks: {path}: id {shown} ({int((out == REFUSED).sum())} pixels) is no class; known are {extent}{also}; "
         "set classes=, ids= or ignore="
     )
 
@@ -151,7 +137,7 @@ def open_classes(layout: Layout, settings: SegmentSettings) -> tuple[Classes, np
         count = _count_of(found, settings.ignore, reduce, (layout.train, layout.val))
     if ids is not None and len(ids) != count:
         raise UserError(f"ids: {len(ids)} for {count} classes; give one id a class")
-    table = np.full(_IDS, IGNORE if layout.others_ignored and settings.ids is None else _REFUSED, np.int16)
+    table = np.full(IDS, IGNORE if layout.others_ignored and settings.ids is None else REFUSED, np.int16)
     first = 1 if reduce else 0
     places = np.arange(first, first + count) if ids is None else np.array(ids)
     table[places] = np.arange(count)
@@ -160,22 +146,27 @@ def open_classes(layout: Layout, settings: SegmentSettings) -> tuple[Classes, np
     if settings.ignore is not None:
         table[settings.ignore] = IGNORE
     classes = Classes(names or [str(i) for i in range(count)], table)
-    totals = []
-    for pairs, rows in zip((layout.train, layout.val), found):
-        total = np.zeros(count, np.int64)
-        for path, (values, pixels) in zip(pairs.masks, rows):
-            numbers = table[values]
-            if (numbers == _REFUSED).any():
-                raw = read_ids(path)
-                raise UserError(_bad_id(path, raw, table[raw], classes))
-            np.add.at(total, numbers[numbers >= 0], pixels[numbers >= 0])
-        totals.append(total)
-    if not totals[0].any() or not totals[1].any():
-        what = "train" if not totals[0].any() else "val"
-        raise UserError(
-            f"masks ({what}): every pixel has the id that is ignored ({settings.ignore}); see ignore= and ids="
-        )
-    return classes, totals[0], totals[1]
+    parts = zip((layout.train, layout.val), found, ("train", "val"))
+    train, val = (_pixels(pairs, rows, classes, what) for pairs, rows, what in parts)
+    return classes, train, val
+
+
+def check_masks(pairs: Pairs, classes: Classes) -> np.ndarray:
+    """Pixels of each class, int64 [K], when the classes are known. Raises UserError as `open_classes`."""
+    return _pixels(pairs, _histograms(pairs, "val"), classes, "val")
+
+
+def _pixels(pairs: Pairs, rows: list[tuple[np.ndarray, np.ndarray]], classes: Classes, what: str) -> np.ndarray:
+    total = np.zeros(len(classes), np.int64)
+    for path, (values, pixels) in zip(pairs.masks, rows):
+        numbers = classes.table[values]
+        if (numbers == REFUSED).any():
+            raw = read_ids(path)
+            raise UserError(_bad_id(path, raw, classes.table[raw], classes))
+        np.add.at(total, numbers[numbers >= 0], pixels[numbers >= 0])
+    if not total.any():
+        raise UserError(f"masks ({what}): every pixel has an id that is ignored; see ignore= and ids=")
+    return total
 
 
 def _histograms(pairs: Pairs, what: str) -> list[tuple[np.ndarray, np.ndarray]]:

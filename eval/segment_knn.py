@@ -136,7 +136,7 @@ def open_pairs(target: Target, settings: SegmentKnnSettings) -> tuple[Pairs, Pai
 
 def _open(target: Target, settings: SegmentKnnSettings, spec: str, masks: str) -> Pairs:
     source = open_source(spec, channels=channels_of(target, settings, spec), config=data_options(target, settings))
-    return Pairs(source, np.arange(len(source)), mask_files(source, masks), spec)
+    return Pairs(source, np.arange(len(source)), mask_files(source, spec, masks), spec)
 
 
 def bank(

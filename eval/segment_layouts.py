@@ -1,6 +1,6 @@
 """Pairs of images and masks in the folders that segmentation data sets come in.
 
-pairs       data=IMAGES masks=MASKS: the same name without its suffix, in the same subfolder. Val: data.val, masks.val, or a split
+pairs       data=IMAGES masks=MASKS, one mask an image (see `masks`). Val: data.val, masks.val, or a split
 voc         data=ROOT: JPEGImages, SegmentationClass, ImageSets/Segmentation/train.txt and val.txt   (PASCAL VOC 2012)
 ade20k      data=ROOT: images/training, annotations/training and the same in validation              (ADE20K, scene parsing)
 cityscapes  data=ROOT: leftImg8bit/train/CITY/*_leftImg8bit.png, gtFine/train/CITY/*_gtFine_labelTrainIds.png or _labelIds.png
@@ -17,10 +17,10 @@ from selfsup.data.decode import SUFFIXES
 from selfsup.errors import UserError
 from selfsup.randomness import generator
 
+from .masks import files, matched
 from .segment_settings import SegmentSettings
 
 _TAG = 0x5E65117
-_MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".npy")
 VOC = [
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -67,16 +67,7 @@ class Layout:
 
 def open_layout(settings: SegmentSettings) -> Layout:
     """The pairs of train and val. Raises UserError naming the folder, or the image without a mask."""
-    if settings.data.path is None:
-        raise UserError("eval segment: no data; give data=IMAGES masks=MASKS, or data=ROOT of a known layout")
-    root = _folder(settings.data.path, "data")
-    name = settings.layout if settings.layout != "auto" else _guess(root, settings)
-    if name != "pairs" and settings.masks.path is not None:
-        raise UserError(f"masks={settings.masks.path}: the layout {name} holds its own masks; leave it out")
-    found = {"pairs": _plain, "voc": _voc, "ade20k": _ade, "cityscapes": _cityscapes, "coco-stuff": _coco}[name](
-        root, settings
-    )
-    found.facts = {"layout": name, "train": settings.data.path, "val": settings.data.val or settings.data.path}
+    found = _open(settings)
     if found.val is None:
         found = _split(found, settings)
     assert found.val is not None
@@ -84,21 +75,48 @@ def open_layout(settings: SegmentSettings) -> Layout:
     return replace(found, train=train, val=_at_most(val, settings.max_val, settings.seed))
 
 
-def _guess(root: Path, settings: SegmentSettings) -> str:
+def open_val(settings: SegmentSettings) -> tuple[Pairs, dict[str, str]]:
+    """(the pairs that a trained model is measured on, what a result says of them): the val part, or all where there is none."""
+    found = _open(settings)
+    facts = {key: value for key, value in found.facts.items() if key != "train"}
+    split = "as given" if found.val is not None else f"all pairs of {settings.data.path}"
+    pairs = found.val if found.val is not None else found.train
+    return _at_most(pairs, settings.max_val, settings.seed), {**facts, "split": split}
+
+
+def known_layout(root: Path, settings: SegmentSettings) -> str | None:
+    """The name that the keys or the folders under `root` say; None for images without masks."""
+    if settings.layout != "auto":
+        return settings.layout
     if settings.masks.path is not None:
         return "pairs"
-    if (root / "SegmentationClass").is_dir():
-        return "voc"
-    if (root / "leftImg8bit").is_dir():
-        return "cityscapes"
-    if (root / "annotations" / "training").is_dir():
-        return "ade20k"
-    if (root / "stuffthingmaps").is_dir() or (root / "annotations" / "train2017").is_dir():
-        return "coco-stuff"
-    raise UserError(
-        f"data={root}: no masks; give masks=FOLDER. Known layouts are found by SegmentationClass (voc), annotations/training "
-        "(ade20k),\nleftImg8bit (cityscapes), stuffthingmaps or annotations/train2017 (coco-stuff); none of them is there"
+    marks = {
+        "voc": ("SegmentationClass",),
+        "cityscapes": ("leftImg8bit",),
+        "ade20k": ("annotations/training",),
+        "coco-stuff": ("stuffthingmaps", "annotations/train2017"),
+    }
+    return next((name for name, paths in marks.items() if any((root / p).is_dir() for p in paths)), None)
+
+
+def _open(settings: SegmentSettings) -> Layout:
+    if settings.data.path is None:
+        raise UserError("eval segment: no data; give data=IMAGES masks=MASKS, or data=ROOT of a known layout")
+    root = data_folder(settings.data.path, "data")
+    name = known_layout(root, settings)
+    if name is None:
+        raise UserError(
+            f"data={root}: no masks; give masks=FOLDER. Known layouts are found by SegmentationClass (voc), "
+            "annotations/training (ade20k),\nleftImg8bit (cityscapes), stuffthingmaps or annotations/train2017 (coco-stuff); "
+            "none of them is there"
+        )
+    if name != "pairs" and settings.masks.path is not None:
+        raise UserError(f"masks={settings.masks.path}: the layout {name} holds its own masks; leave it out")
+    found = {"pairs": _plain, "voc": _voc, "ade20k": _ade, "cityscapes": _cityscapes, "coco-stuff": _coco}[name](
+        root, settings
     )
+    found.facts = {"layout": name, "train": settings.data.path, "val": settings.data.val or settings.data.path}
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------- layouts
@@ -107,10 +125,10 @@ def _guess(root: Path, settings: SegmentSettings) -> str:
 def _plain(root: Path, settings: SegmentSettings) -> Layout:
     if settings.masks.path is None:
         raise UserError("layout=pairs needs masks=FOLDER beside data=FOLDER")
-    train = _match(root, _folder(settings.masks.path, "masks"))
+    train = _match(root, data_folder(settings.masks.path, "masks"))
     val = None
     if settings.data.val is not None and settings.masks.val is not None:
-        val = _match(_folder(settings.data.val, "data.val"), _folder(settings.masks.val, "masks.val"))
+        val = _match(data_folder(settings.data.val, "data.val"), data_folder(settings.masks.val, "masks.val"))
     return Layout("pairs", train, val)
 
 
@@ -129,7 +147,7 @@ def _voc(root: Path, settings: SegmentSettings) -> Layout:
 
 def _ade(root: Path, settings: SegmentSettings) -> Layout:
     def part(name: str) -> Pairs:
-        return _match(_folder(root / "images" / name, "data"), _folder(root / "annotations" / name, "data"))
+        return _match(data_folder(root / "images" / name, "data"), data_folder(root / "annotations" / name, "data"))
 
     return Layout("ade20k", part("training"), part("validation"), None, 150, reduce_zero_label=True)
 
@@ -138,8 +156,8 @@ def _cityscapes(root: Path, settings: SegmentSettings) -> Layout:
     kinds = set()
 
     def part(name: str) -> Pairs:
-        folder = _folder(root / "leftImg8bit" / name, "data")
-        images = [p for p in _files(folder, SUFFIXES) if p.stem.endswith("_leftImg8bit")]
+        folder = data_folder(root / "leftImg8bit" / name, "data")
+        images = [p for p in files(folder, SUFFIXES) if p.stem.endswith("_leftImg8bit")]
         masks = []
         for image in images:
             stem = root / "gtFine" / name / image.relative_to(folder).parent / image.stem.removesuffix("_leftImg8bit")
@@ -163,7 +181,7 @@ def _coco(root: Path, settings: SegmentSettings) -> Layout:
     contiguous = any((maps / "train2017").glob("*_labelTrainIds.png"))
 
     def part(name: str) -> Pairs:
-        images = _files(_folder(pictures / name, "data"), SUFFIXES)
+        images = files(data_folder(pictures / name, "data"), SUFFIXES)
         end = "_labelTrainIds.png" if contiguous else ".png"
         return _existing(Pairs(images, [maps / name / f"{p.stem}{end}" for p in images]), maps / name)
 
@@ -173,41 +191,31 @@ def _coco(root: Path, settings: SegmentSettings) -> Layout:
 # ----------------------------------------------------------------------------------------------------------------- files
 
 
-def _folder(path: str | Path, key: str) -> Path:
+def data_folder(path: str | Path, key: str) -> Path:
+    """Raises UserError where there is none."""
     found = Path(os.path.expanduser(path))
     if not found.is_dir():
         raise UserError(f"{key}={path}: no such folder")
     return found
 
 
-def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    found = (p for p in folder.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith("."))
-    return sorted(p for p in found if p.is_file())
-
-
 def _match(images: Path, masks: Path) -> Pairs:
-    """Images of a folder and the masks with the same relative name."""
-    found = _files(images, SUFFIXES)
+    """Images of a folder and their masks (see `masks.matched`)."""
+    found = images_of(images)
+    return Pairs(found, matched([p.relative_to(images) for p in found], masks))
+
+
+def images_of(folder: Path) -> list[Path]:
+    """Those in a folder and below. Raises UserError for none, and for two of one name with other suffixes."""
+    found = files(folder, SUFFIXES)
     if not found:
-        raise UserError(f"{images}: no images in it; looked for {' '.join(SUFFIXES)}")
-    by_stem: dict[Path, Path] = {}
-    for path in _files(masks, _MASK_SUFFIXES):
-        stem = path.relative_to(masks).with_suffix("")
-        if stem in by_stem:
-            raise UserError(f"{path}: there is also {by_stem[stem].name}; one mask an image")
-        by_stem[stem] = path
-    stems = [p.relative_to(images).with_suffix("") for p in found]
-    if len(set(stems)) < len(stems):
-        twice = next(s for i, s in enumerate(stems) if s in stems[:i])
-        raise UserError(f"{images / twice}: two images of this name with other suffixes; a mask belongs to one image")
-    missing = [p for p, stem in zip(found, stems) if stem not in by_stem]
-    if missing:
-        more = f" (and {len(missing) - 1} more of {len(found)})" if len(missing) > 1 else ""
-        raise UserError(
-            f"{missing[0]}: no mask {masks / missing[0].relative_to(images).with_suffix('.png')}{more}; "
-            "a mask has its image's name, with one of these suffixes: " + " ".join(_MASK_SUFFIXES)
-        )
-    return Pairs(found, [by_stem[stem] for stem in stems])
+        raise UserError(f"{folder}: no images in it; looked for {' '.join(SUFFIXES)}")
+    stems = set()
+    for path in found:
+        if (stem := path.with_suffix("")) in stems:
+            raise UserError(f"{stem}: two images of this name with other suffixes; a mask belongs to one image")
+        stems.add(stem)
+    return found
 
 
 def _existing(pairs: Pairs, where: Path) -> Pairs:

@@ -117,6 +117,10 @@ class SegmentSettings(Section):
     """Width of the boundary, as a part of the image's diagonal (Cheng et al., 2021)."""
     pictures: Annotated[int, Field(ge=0, le=64)] = 8
     """Rows of the sheet image | truth | prediction."""
+    predictions: str | None = None
+    """Folder for the predicted masks of the val images; with a trained model as TARGET, of all images, masks or not."""
+    save_every: Positive | None = None
+    """Steps between two saves of the training's state. Default: about a minute. A signal to stop saves as well."""
     precision: Literal["fp32", "bf16"] = "fp32"
     workers: Annotated[int, Field(ge=0)] = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"

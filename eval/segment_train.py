@@ -1,4 +1,4 @@
-"""Training of a segmentation head, on a frozen trunk or with it."""
+"""Training of a segmentation head, on a frozen trunk or with it; stopped, it is gone on with as if nothing had been."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -12,17 +12,21 @@ from torch import Tensor, nn
 
 from selfsup.config import OptimizerConfig
 from selfsup.data.workers import items
-from selfsup.errors import UserError
+from selfsup.errors import EarlyStop, UserError
 from selfsup.losses.segmentation import focal, pixel_cross_entropy, soft_dice
 from selfsup.optim import clip_gradients, create_optimizer, parameter_groups, set_hyperparameters
+from selfsup.randomness import generator
 from selfsup.schedules import Plan, learning_rate
+from selfsup.signals import StopSignals
 
 from .progress import Progress
 from .segment_crops import Crops
 from .segment_heads import Trunk
 from .segment_settings import SegmentLoss, SegmentSettings
+from .segment_state import TrainingState
 
 _CACHE_BYTES = 2 << 30
+_DROPOUT = 0xD20905
 
 
 class Segmenter(nn.Module):
@@ -100,9 +104,13 @@ class Normalise:
 
 
 def train_head(
-    model: Segmenter, crops: Crops, settings: SegmentSettings, weights: Tensor | None, normalise: Normalise
-) -> dict[str, Any]:
-    """Train in place; returns what a result says of it. Raises UserError if the loss is not finite."""
+    model: Segmenter, crops: Crops, settings: SegmentSettings, weights: Tensor | None, normalise: Normalise, state: TrainingState
+) -> dict[str, Any]:  # fmt: skip
+    """Train in place; returns what a result says of it.
+
+    Raises UserError if the loss is not finite, EarlyStop after a signal to stop, when `state` is saved. What is drawn is a
+    function of (seed, step), so a training that was stopped ends with the same weights as one that was not.
+    """
     device = normalise.device
     steps = steps_of(settings, len(crops.pairs))
     peak = settings.lr or (1e-3 if model.frozen else 1e-4)
@@ -114,16 +122,19 @@ def train_head(
     optimizer = create_optimizer(config, parameter_groups(named, layer_decay=decay), peak)
     rate = learning_rate(config, peak, Plan(steps, len(crops.pairs), settings.batch))
     weights = None if weights is None else weights.to(device)
+    first, said = state.load(model, optimizer)
     cache = _cached(model, crops, settings, normalise) if model.frozen and not settings.augment else None
     source = (
-        _from_cache(crops, cache, steps, normalise) if cache else _from_files(model, crops, settings, steps, normalise)
+        _from_cache(crops, cache, first, steps, normalise)
+        if cache
+        else _from_files(crops, settings, first, steps, normalise)
     )
     amp = torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bf16")
-    progress, losses = Progress(steps, f"training head={settings.head}, steps"), []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(settings.seed)  # dropout
+    progress = Progress(steps - first, f"training head={settings.head}, steps")
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), StopSignals() as signals:
         model.train()
-        for step, (images, maps, masks) in enumerate(source):
+        for step, (images, maps, masks) in enumerate(source, start=first):
+            torch.manual_seed(int(generator(_DROPOUT, settings.seed, step).integers(2**62)))
             with amp:
                 logits = model(images) if maps is None else model.head(maps, images)
             loss = segmentation_loss(logits, masks, settings.loss, weights)
@@ -133,24 +144,30 @@ def train_head(
             set_hyperparameters(optimizer, rate(step), settings.weight_decay)
             optimizer.step()
             if step % 10 == 0 or step == steps - 1:
-                losses.append(float(loss.detach()))
-                if not np.isfinite(losses[-1]):
+                said = float(loss.detach())
+                if not np.isfinite(said):
                     raise UserError(
-                        f"step {step}: the loss is {losses[-1]}; try a smaller lr (it is {peak:g}), or precision=fp32"
+                        f"step {step}: the loss is {said}; try a smaller lr (it is {peak:g}), or precision=fp32"
                     )
-            progress.advance(1, f"loss {losses[-1]:.4f}")
-    progress.close(f"loss {losses[-1]:.4f}")
+            progress.advance(1, f"loss {said:.4f}")
+            stop = signals.agreed() and step + 1 < steps
+            if stop or state.due(step + 1):
+                state.save(model, optimizer, step + 1, said)
+            if stop:
+                kept = f"the same command goes on from {state.path}" if state.path else "nothing is kept without --out"
+                raise EarlyStop(f"stopped at step {step + 1} of {steps}; {kept}")
+    progress.close(f"loss {said:.4f}")
     model.eval()
-    return {"steps": steps, "lr": peak, "final_loss": round(losses[-1], 5), "cached_features": cache is not None}
+    return {"steps": steps, "lr": peak, "final_loss": round(said, 5), "cached_features": cache is not None}
 
 
 Batch = tuple[Tensor, list[Tensor] | None, Tensor]
 
 
 def _from_files(
-    model: Segmenter, crops: Crops, settings: SegmentSettings, steps: int, normalise: Normalise
+    crops: Crops, settings: SegmentSettings, first: int, steps: int, normalise: Normalise
 ) -> Iterator[Batch]:
-    with closing(items(crops, 0, steps, workers=settings.workers)) as made:
+    with closing(items(crops, first, steps, workers=settings.workers)) as made:
         for pixels, masks in made:
             yield normalise(pixels), None, masks.to(normalise.device).long()
 
@@ -178,9 +195,9 @@ def _cached(
 
 
 def _from_cache(
-    crops: Crops, cache: list[tuple[Tensor, list[Tensor], Tensor]], steps: int, normalise: Normalise
+    crops: Crops, cache: list[tuple[Tensor, list[Tensor], Tensor]], first: int, steps: int, normalise: Normalise
 ) -> Iterator[Batch]:
-    for step in range(steps):
+    for step in range(first, steps):
         rows = [cache[i] for i in crops.numbers(step)]
         maps = [torch.stack(level).to(normalise.device) for level in zip(*(row[1] for row in rows))]
         masks = torch.stack([row[2] for row in rows]).to(normalise.device).long()

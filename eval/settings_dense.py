@@ -23,7 +23,7 @@ class SegmentKnnSettings(DenseSettings):
     """`selfsup eval segment-knn`: k-NN retrieval segmentation (Balazevic et al., 2023, section 3)."""
 
     masks: str | None = None
-    """Folder of masks: PNG files of class ids, each with its image's name."""
+    """Folder of masks: files of class ids, each with its image's name (see `masks`)."""
     val_masks: str | None = None
     """Masks of `data.val`; without a val set a seeded part of the pairs is val."""
     ignore: Annotated[int, Field(ge=0, le=65_535)] = 255
@@ -56,7 +56,7 @@ class PropagateSettings(ImageSettings):
     """`selfsup eval propagate`: masks of the first frame carried on (Caron et al., 2021, section 4.2.2). data=FRAMES."""
 
     masks: str | None = None
-    """The first frame's mask, a PNG file of object ids with 0 for none; or a folder with one for every frame, to score."""
+    """The first frame's mask, a file of object ids with 0 for none; or a folder with one for every frame, to score."""
     size: Positive | None = None
     """Shorter side in pixels. Default 480, or what the backbone is bound to."""
     layer: int | None = None

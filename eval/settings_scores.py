@@ -1,6 +1,6 @@
 """Keys of further figures on frozen features: fewshot, retrieval, duplicates, robustness, layers."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -45,8 +45,12 @@ class DuplicatesSettings(FeatureSettings):
 
 
 class RobustnessSettings(KnnSettings):
-    """`selfsup eval robustness`: k-NN of clean training images and corrupted val images."""
+    """`selfsup eval robustness`: corrupted val images, by k-NN among clean training images or by the run's classifier."""
 
+    by: Literal["knn", "classifier"] = "knn"
+    """classifier: of a run that was trained with labels; calibration is measured as well. The keys of k-NN then mean nothing."""
+    bins: Positive = 15
+    """Of the calibration error, of equal width."""
     k: Annotated[tuple[Positive, ...], Many, Field(min_length=1, max_length=1)] = (20,)
     temperature: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Many, Field(min_length=1, max_length=1)] = (0.07,)
     corruptions: Annotated[tuple[str, ...], Many, Field(min_length=1)] | None = None

@@ -21,7 +21,8 @@ EVALUATIONS = {
     "exits": "each exit of a run of method=byot alone: top-1, operations, parameters",
     "finetune": "the whole backbone trained with labels, then the same figures",
     "segment": "a segmentation head trained on masks=FOLDER (head=linear, multilayer, mlp, upernet or unetr; trunk=frozen or "
-    "finetune): mIoU, Dice, boundary IoU at the masks' own size, and a sheet of pictures",
+    "finetune): mIoU, Dice, boundary IoU at the masks' own size, a sheet of pictures, and the model in RUN/eval/segment; that "
+    "folder as TARGET is measured without training, or writes masks: predictions=OUT",
     "detect": "a detector trained on boxes=FILE|FOLDER (COCO, VOC or YOLO; detector=fcos, retinanet or fasterrcnn; "
     "loss=smooth_l1, iou, giou, diou or ciou; trunk=frozen or finetune): mAP, mAP50, mAP75, each class, and a sheet of pictures",
     "attention": "picture: where each head of a ViT looks",
@@ -34,7 +35,8 @@ EVALUATIONS = {
     "fewshot": "1, 5, 10 labelled images of each class, many times: mean top-1 and its interval",
     "retrieval": "are a query's class mates ranked first: mAP",
     "duplicates": "pairs of images that are nearly the same",
-    "robustness": "k-NN under corruptions of the val images, mild and strong",
+    "robustness": "k-NN under corruptions of the val images, mild and strong; by=classifier: top-1 and calibration of what was "
+    "trained to tell classes",
     "layers": "a linear probe on every layer, and the curve",
     "augmentations": "picture: the views that a RECIPE or RUN makes of its first images",
 }
@@ -49,7 +51,7 @@ def evaluate(task: str, target: str, overrides: list[str], out: Path | None) -> 
 def _handed_in(task: str) -> dict[str, Any]:
     if task == "augmentations":
         return {"views": views_of}
-    if task not in ("classify", "exits", "finetune"):
+    if task not in ("classify", "exits", "finetune", "robustness"):
         return {}
     from selfsup.methods.load import load_classifiers
 

@@ -16,6 +16,8 @@ KEYS = (
     *("health.teacher_entropy", "health.information", "health.feature_std", "health.kl", "feature_std"),
 )
 """What is read of a line; one that it does not have is a gap."""
+_MOST_PARTS = 48
+"""Of a method's own figures, so many are kept."""
 
 
 @dataclass
@@ -31,6 +33,8 @@ class Curves:
     states: list[tuple[int, str]] = field(default_factory=list)
     """(step, health.state) where it is not 'ok'."""
     evaluations: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    parts: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    """(steps, finite values) of each of a method's own figures, such as the parts of its loss, in the order of the log."""
     broken: int = 0
     """Lines that are none."""
 
@@ -48,6 +52,7 @@ def read_curves(path: Path) -> Curves:
     """The columns of a metrics.jsonl, of any age, whole or cut short; none of one that is not there. Raises UserError."""
     steps, columns = array("q"), {key: array("d") for key in KEYS}
     not_finite, found = array("b"), Curves(np.zeros(0), {}, np.zeros(0))
+    parts: dict[str, tuple[array[int], array[float]]] = {}
     try:
         with open(path, "rb") as file:
             for raw in file:
@@ -60,6 +65,7 @@ def read_curves(path: Path) -> Curves:
                     column.append(_number(line, key))
                 not_finite.append(isinstance(line.get("loss"), (str, float)) and not math.isfinite(columns["loss"][-1]))
                 _note(line, found)
+                _note_parts(line, parts)
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -67,6 +73,7 @@ def read_curves(path: Path) -> Curves:
     found.step = np.array(steps, dtype=np.int64)
     found.columns = {key: np.array(column, dtype=np.float64) for key, column in columns.items()}
     found.not_finite = np.array(not_finite, dtype=bool)
+    found.parts = {name: (np.array(at, dtype=np.int64), np.array(values)) for name, (at, values) in parts.items()}
     return found
 
 
@@ -101,3 +108,23 @@ def _note(line: dict[str, Any], found: Curves) -> None:
         value = _number(evaluations, name) if "." not in name else math.nan
         if math.isfinite(value):
             found.evaluations.setdefault(str(name), []).append((line["step"], value))
+
+
+def _note_parts(line: dict[str, Any], parts: "dict[str, tuple[array[int], array[float]]]") -> None:
+    """A line has what the method gave between its loss and the gradients' norm (see `recorder`)."""
+    inside = False
+    for name, value in line.items():
+        if name == "grad_norm":
+            return
+        if inside and name not in KEYS and _is_figure(value):
+            if name not in parts:
+                if len(parts) == _MOST_PARTS:
+                    continue
+                parts[name] = array("q"), array("d")
+            parts[name][0].append(line["step"])
+            parts[name][1].append(value)
+        inside = inside or name == "loss"
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300

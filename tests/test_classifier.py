@@ -52,6 +52,18 @@ def test_bare_timm_gives_the_same_bits(kind: str, tmp_path: Path) -> None:
     assert loaded.mean == module.backbone.mean and loaded.std == module.backbone.std
 
 
+def test_transformers_reads_the_same_folder(tmp_path: Path) -> None:
+    from transformers import AutoModelForImageClassification
+
+    module = classifier("vit")
+    export_classifier(module, tmp_path, NAMES)
+    wrapped = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    images = torch.randn(3, 3, *module.backbone.image_size)
+    with torch.no_grad():
+        assert torch.equal(wrapped(images).logits, logits(module, images))
+    assert [wrapped.config.id2label[i] for i in range(len(NAMES))] == list(NAMES)
+
+
 def test_a_head_that_timm_writes_as_a_convolution(tmp_path: Path) -> None:
     """ResNetV2's is one over a map of one cell: the same up to the order of sums."""
     options = {"layers": [1, 1], "channels": [32, 64], "stem_chs": 16, "norm_layer": "groupnorm1"}

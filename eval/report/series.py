@@ -14,6 +14,8 @@ POINTS = 1200
 """Of a curve, at most, for one run; several share them."""
 _LEAST_POINTS = 150
 _MOST_EVALUATIONS = 8
+_ALIKE = 20.0
+"""Parts of a loss share a chart if their sizes differ by no more than this factor: else one would be a flat line."""
 
 Data = dict[str, Any]
 
@@ -74,6 +76,7 @@ def charts(stories: Sequence[Story]) -> list[dict[str, Any]]:
     points = max(_LEAST_POINTS, POINTS // len(stories))
     wanted = list(CHARTS)
     wanted[2:2] = _evaluations(stories)
+    wanted[1:1] = _parts(stories)
     if len(stories) > 1:
         wanted = [
             Chart(_alone(each, name), ((key, name),), each.unit, each.factor, each.zero)
@@ -114,6 +117,39 @@ def _evaluations(stories: Sequence[Story]) -> list[Chart]:
     return found + [Chart(name, ((name, name),)) for name in others]
 
 
+def _parts(stories: Sequence[Story]) -> list[Chart]:
+    """Charts of the figures that a method gives beside its loss: shares of right answers in percent, and parts of a size."""
+    sizes: dict[str, float] = {}
+    for story in stories:
+        for name, (_, values) in story.curves.parts.items():
+            sizes.setdefault(name, float(np.median(np.abs(values))))
+    shares = [name for name in sizes if "top1" in name or name.endswith("agreement")]
+    groups: list[list[str]] = []
+    for name in sizes:
+        if name in shares:
+            continue
+        alike = (g for g in groups if len(g) < 8 and _ratio(sizes[g[0]], sizes[name]) <= _ALIKE)
+        if (group := next(alike, None)) is None:
+            groups.append(group := [])
+        group.append(name)
+    found = []
+    for group in groups:
+        title = "Parts of the loss" if len(group) > 1 else f"Part of the loss: {_part_name(group[0])}"
+        found.append(Chart(title, tuple((f"parts.{name}", _part_name(name)) for name in group)))
+    if shares:
+        keys = tuple((f"parts.{name}", name.replace("_", " ")) for name in shares)
+        found.append(Chart("Answers for the images of a step", keys, "%", 100.0, zero=True))
+    return found
+
+
+def _ratio(a: float, b: float) -> float:
+    return max(a, b) / max(min(a, b), 1e-12)
+
+
+def _part_name(name: str) -> str:
+    return name.removeprefix("loss/").removesuffix("_loss").replace("_", " ")
+
+
 def _called(name: str) -> str:
     return {"knn_top1": "k-NN top-1", "top1": "top-1", "top5": "top-5"}.get(name, name)
 
@@ -121,6 +157,8 @@ def _called(name: str) -> str:
 def _known(story: Story, key: str) -> tuple[np.ndarray, np.ndarray]:
     if key in story.curves.columns:
         return story.curves.known(key)
+    if key.startswith("parts."):
+        return story.curves.parts.get(key.removeprefix("parts."), (np.zeros(0, np.int64), np.zeros(0)))
     pairs = story.curves.evaluations.get(key, [])
     return np.array([step for step, _ in pairs], dtype=np.int64), np.array([value for _, value in pairs])
 

@@ -32,6 +32,27 @@ def test_bare_timm_gives_the_same_bits(kind, small, tmp_path):
     assert sorted(files(tmp_path)) == ["config.json", "model.safetensors"]
 
 
+@pytest.mark.parametrize("kind", ["vit", "registers", "swin", "convnext", "resnet"])
+def test_transformers_reads_the_same_folder(kind, small, tmp_path):
+    """As TimmWrapperModel, with the same bits; its image processor has the normalisation and the size."""
+    from transformers import AutoImageProcessor, AutoModel
+
+    backbone = small(kind)
+    export_timm(backbone, tmp_path)
+    images = torch.randn(3, 3, *backbone.image_size)
+    wrapped = AutoModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        found, expected = wrapped(images), backbone(images)
+    assert type(wrapped).__name__ == "TimmWrapperModel" and torch.equal(found.pooler_output, expected.pooled)
+    if kind in ("vit", "registers"):
+        skipped = found.last_hidden_state.shape[1] - expected.patches[0, 0].numel()
+        patches = found.last_hidden_state[:, skipped:].mT.unflatten(2, expected.patches.shape[2:])  # [B, D, h, w]
+        assert torch.equal(patches, expected.patches)
+    described = AutoImageProcessor.from_pretrained(tmp_path).data_config
+    assert described["mean"] == pytest.approx(backbone.mean) and described["std"] == pytest.approx(backbone.std)
+    assert list(described["input_size"]) == [3, *backbone.image_size]
+
+
 def test_other_sizes_too(small, tmp_path):
     """With timm's own resampling, bare timm agrees at any size."""
     backbone = small("vit")

@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from selfsup import UserError, config
 from selfsup.data.sources import open_source
-from selfsup.eval import classify, confusion
+from selfsup.eval import classify, confusion, robustness
 from selfsup.eval.class_figures import Answers, calibration_error, figures, per_class
 from selfsup.eval.class_names import to_training_classes
 from selfsup.eval.classify import _answers
@@ -260,3 +260,19 @@ def test_training_ends_with_a_table(
     assert not caught.value.code, err
     assert ("classify top1" in out) is val and ("no top-1 during training: no val images" in err) is not val
     assert (tmp_path / "run" / "eval" / "classify.json").is_file() is val
+
+
+def test_calibration_under_corruptions(run: Path, val_folder: Path, tmp_path: Path) -> None:
+    """Clean figures are those of classify; strong noise costs accuracy; a backbone alone tells no classes."""
+    out = tmp_path / "robust.json"
+    words = [*QUICK, "by=classifier", "corruptions=gaussian_noise", f"data.val={val_folder}"]
+    found = robustness.run(str(run), words, out, open_run=load_classifiers)
+    clean = evaluate(run, f"data.val={val_folder}", out=tmp_path / "clean.json")
+    rows = {row["strength"]: row for row in found["settings"]}
+    for key in ("top1", "ece"):
+        assert found["metrics"][key] == clean["metrics"][key] == rows["none"][key]
+        assert found["metrics"][f"{key}_strong"] == rows["strong"][key]
+    assert rows["strong"]["top1"] < rows["none"]["top1"] and 0 <= rows["strong"]["ece"] <= 1
+    assert found["protocol"]["classifier"] == clean["protocol"]["classifier"] and (tmp_path / "robust.png").is_file()
+    with pytest.raises(UserError, match="without a classifier"):
+        robustness.run(str(run / "backbone"), words, out, open_run=load_classifiers)

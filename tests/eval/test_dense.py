@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from selfsup.data.sources import open_source
 from selfsup.errors import UserError
-from selfsup.eval import davis, dense, object_masks, objects, propagate, segment_knn
+from selfsup.eval import davis, dense, masks, object_masks, objects, propagate, segment_knn
 from selfsup.eval.settings import resolve
 from selfsup.eval.targets import open_target
 
@@ -36,11 +37,41 @@ def test_masks_are_read_as_written(pairs: tuple[Path, Path], tmp_path: Path):
     mask = dense.read_mask(sorted(pairs[1].iterdir())[5])
     assert mask.dtype == np.int64 and set(np.unique(mask)) == {0, 2, 255} and (mask[0] == 255).all()
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "rgb.png")
-    with pytest.raises(UserError, match="mode RGB"):
+    assert not dense.read_mask(tmp_path / "rgb.png").any()  # grey, in three channels
+    Image.fromarray(np.array([[[1, 2, 3]]], np.uint8)).save(tmp_path / "rgb.png")
+    with pytest.raises(UserError, match="colours instead of ids"):
         dense.read_mask(tmp_path / "rgb.png")
     (tmp_path / "text.png").write_text("no")
-    with pytest.raises(UserError, match="cannot be read as a mask"):
+    with pytest.raises(UserError, match="cannot be read"):
         dense.read_mask(tmp_path / "text.png")
+
+
+def test_which_mask_is_whose(tmp_path: Path):
+    """The same subfolder, or the only one of that name; suffixes of any kind; the same for images as a source."""
+    for name in ("a/1.png", "b/1.tif", "2.npy", "c/3.pgm"):
+        (tmp_path / "masks" / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".npy"):
+            np.save(tmp_path / "masks" / name, np.full((4, 5), 7, np.int32))
+        else:
+            Image.fromarray(np.full((4, 5), 7, np.uint8)).save(tmp_path / "masks" / name)
+    names = [Path(n) for n in ("a/1.jpg", "b/1.jpg", "2.JPEG", "3.png")]
+    wanted = [tmp_path / "masks" / n for n in ("a/1.png", "b/1.tif", "2.npy", "c/3.pgm")]
+    assert masks.matched(names, tmp_path / "masks") == wanted
+    for name in names:
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "images" / name, format="PNG")
+    source = open_source(str(tmp_path / "images"), channels=1)
+    assert set(dense.mask_files(source, str(tmp_path / "images"), str(tmp_path / "masks"))) == set(wanted)
+    assert all((dense.read_mask(path) == 7).all() for path in wanted)
+    for more, said in (
+        ("1.png", r"1\.png: no mask .*/1\.png"),
+        ("d/2.png", "the mask of two images, 2.JPEG and d/2.png"),
+    ):
+        with pytest.raises(UserError, match=said):
+            masks.matched([*names, Path(more)], tmp_path / "masks")
+    Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "masks" / "2.png")
+    with pytest.raises(UserError, match=r"there is also 2\.npy"):
+        masks.matched(names, tmp_path / "masks")
 
 
 # --------------------------------------------------------------------------------------------------------- segment-knn
@@ -89,7 +120,7 @@ def test_segment_knn_from_end_to_end(run: Path, pairs: tuple[Path, Path], tmp_pa
     assert np.asarray(Image.open(tmp_path / "b.png")).std() > 5 and "segment-knn" in capsys.readouterr().out
     next(masks.iterdir()).rename(tmp_path / "gone.png")
     try:
-        with pytest.raises(UserError, match="1 of 16 images have no mask"):
+        with pytest.raises(UserError, match=r"no mask .*a mask has its image"):
             segment_knn.run(str(run), words, tmp_path / "c.json")
     finally:
         first = sorted(images.iterdir())

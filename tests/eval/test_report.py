@@ -127,6 +127,32 @@ def test_several_runs_are_compared(evaluated: Path, tmp_path: Path) -> None:
         page.write([{"run": str(evaluated)}] * 41, tmp_path / "x.html", lambda _: {})
 
 
+def test_parts_of_the_loss_have_curves(evaluated: Path, tmp_path: Path) -> None:
+    """Parts of a size share a chart; shares of right answers are percent; schedules and unreadable values are no parts."""
+    folder = tmp_path / "run-p"
+    shutil.copytree(evaluated, folder, ignore=shutil.ignore_patterns("checkpoints", "backbone"))
+    log = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for i, line in enumerate(lines):
+        whole = dict(line)
+        line.clear()
+        for key, value in whole.items():
+            line[key] = value
+            if key == "loss":
+                line |= {"cls_loss": 5.0 + i, "loss/patch": 2.0 + i, "koleo_loss": -0.01 * i - 0.02, "batch_top1": 0.25}
+                line |= {"note": "text", "flag": True, "broken": "nan"}
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = make(folder, out=tmp_path / "page.html")
+    found = [(c["title"], c["unit"], {one["name"]: one["y"] for one in c["series"]}) for c in curves(text)]
+    own = found[1:4]
+    assert own[0] == ("Parts of the loss", "", {"cls": [5.0, 6, 7, 8, 9, 10], "patch": [2.0, 3, 4, 5, 6, 7]})
+    assert own[1][0] == "Part of the loss: koleo" and list(own[1][2]) == ["koleo"] and own[1][2]["koleo"][0] == -0.02
+    assert own[2][1:] == ("%", {"batch top1": [25.0] * 6})
+    assert not {"note", "flag", "broken", "wd"} & {n for f in found for n in f[2]}
+    both = curves(make(evaluated, folder, out=tmp_path / "both.html"))
+    assert next(c for c in both if c["title"] == "Patch")["series"][0]["name"] == "run-p"
+
+
 EVIL = '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=1">&\''
 
 NAME = "</script><img src=x onerror='hacked()'>"  # of a figure, which has no dot
