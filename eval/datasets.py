@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from selfsup.backbones.clips import ClipBackbone
 from selfsup.config import DataConfig
 from selfsup.data.sources import BadImage, Source, Subset, open_source
 from selfsup.data.split import split
@@ -47,6 +48,8 @@ class Images:
         digest = hashlib.sha256(self.fingerprint().encode())
         config = self.source.config
         digest.update(f"{self.source.channels} {config.value_range} {config.max_pixels}\n".encode())
+        if config.frames is not None:
+            digest.update(f"{config.frames} {config.stride} {config.clips}\n".encode())
         whole = _stat(os.path.expanduser(self.spec))
         digest.update(str(whole).encode())
         if len(self) and _stat(self.source.name(int(self.indices[0]))) is not None:
@@ -185,7 +188,10 @@ def specs(target: Target, settings: FeatureSettings) -> tuple[str, str | None]:
 
 def data_options(target: Target, settings: ImageSettings) -> DataConfig:
     base = target.config.data if target.config is not None else DataConfig()
-    given = {k: v for k in ("value_range", "max_pixels") if (v := getattr(settings.data, k)) is not None}
+    keys = ("value_range", "max_pixels", "frames", "stride", "clips")
+    given = {k: v for k in keys if (v := getattr(settings.data, k)) is not None}
+    if base.frames is None and isinstance(target.backbone, ClipBackbone):
+        given.setdefault("frames", target.backbone.frames)
     return base.model_copy(update=given)
 
 

@@ -47,6 +47,11 @@ class EvalData(Section):
     val: str | None = None
     value_range: Range | None = None
     max_pixels: Positive | None = None
+    frames: Positive | None = None
+    """Of a clip; default: the run's, or those the backbone was built for, where it takes clips."""
+    stride: Positive | None = None
+    clips: Positive | None = None
+    """Of each video, evenly spaced, whose features are averaged; default: the run's, else the middle one alone."""
 
 
 class ImageSettings(Section):

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from selfsup import checkpoint, dist, methods, runtime
+from selfsup.backbones.clips import check_frames
 from selfsup.backbones.export import export_timm
 from selfsup.batchnorm import synchronise
 from selfsup.checkpoint import Retention, State
@@ -122,6 +123,7 @@ class Run:
         config = _count_classes(config, source)
         length = plan(config, len(source))
         method = methods.create(config, teacher)
+        check_frames(method.backbones(), config.data.frames)
         dtype = torch.float64 if config.precision == "fp64" else torch.float32
         method.to(device=device, dtype=dtype)
         method.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs and GPUs

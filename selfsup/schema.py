@@ -83,6 +83,13 @@ class DataConfig(Section):
     copies: Positive = 1
     """Repeated augmentation (Hoffer et al., 2020): so many copies of an image follow one another in the batches, each augmented
     in its own way. An epoch stays as long, and sees so many times fewer images; the next ones see those that are left."""
+    frames: Positive | None = None
+    """Of a clip: `path` then names videos, which are folders of frames or video files, and backbones are those of clips
+    (timesformer); null: images."""
+    stride: Positive = 1
+    """From one frame of a clip to the next; a video that is too short lowers it."""
+    clips: Positive = 1
+    """Of each video, evenly spaced, in evaluations of features, which average them; 1: the middle one."""
     max_pixels: Positive = 100_000_000
     """Images with more pixels are refused before decoding."""
     max_bad_fraction: Probability = 0.05
@@ -102,6 +109,10 @@ class Crops(Section):
     """Area of the crop as a fraction of the image."""
     ratio: Range = (3 / 4, 4 / 3)
     """Aspect ratio, width / height."""
+    frames: Positive | None = None
+    """Of a clip of this kind of views; null: data.frames. Local clips may be shorter in time as well as in space."""
+    stride: Positive | None = None
+    """From one frame to the next; null: data.stride."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     hflip: Probability = 0.5
     vflip: Probability = 0.0
@@ -497,6 +508,9 @@ class Config(Section):
                 f"data.copies={self.data.copies} with teacher.cache_epochs={self.teacher.cache_epochs}: copies would be alike; "
                 f"give a multiple, as in teacher.cache_epochs={self.data.copies}"
             )
+        for kind, crops in (("global", self.views.global_), ("local", self.views.local)):
+            if self.data.frames is None and (crops.frames or crops.stride):
+                raise ValueError(f"views.{kind}.frames and .stride are of clips; give data.frames as well")
         for key in ("mean", "std"):
             value = getattr(self.data, key)
             if value is not None and len(value) != self.backbone.in_chans:
