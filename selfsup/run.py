@@ -192,7 +192,7 @@ class Run:
             f"{c.device}, {c.precision}, {c.threads} threads"
         )
         note(
-            f"data {c.data.path}: {len(self.source):,} images · "
+            f"data {c.data.path}: {len(self.source):,} {'images' if c.data.frames is None else 'videos'} · "
             f"{self.plan.steps:,} steps = {self.plan.epoch(self.plan.steps):.4g} epochs"
         )
         note(

@@ -10,6 +10,7 @@ from PIL import Image
 
 import selfsup
 from benchmarks.make_motion_clips import MOTIONS, make
+from selfsup.backbones import timm_difference
 from selfsup.backbones.clips import ClipBackbone
 from selfsup.cli import app
 from selfsup.errors import EarlyStop, UserError
@@ -59,8 +60,7 @@ def test_resumes_bit_for_bit_in_the_middle_of_an_epoch(method: str, clips: Path,
     selfsup.train(config(clips, method, "workers=2"), out=tmp_path, resume=True, quiet=True)
     name = Path("checkpoints/step_00000005")
     for file in ("model.safetensors", "optimizer.safetensors"):
-        if (runs[method] / name / file).exists():
-            assert (tmp_path / name / file).read_bytes() == (runs[method] / name / file).read_bytes()
+        assert (tmp_path / name / file).read_bytes() == (runs[method] / name / file).read_bytes()
     first, again = (
         [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
         for run in (runs[method], tmp_path)
@@ -73,6 +73,7 @@ def test_exports_what_loads(method: str, runs) -> None:
     backbone = selfsup.load_backbone(runs[method] / "backbone")
     assert isinstance(backbone, ClipBackbone) and backbone.frames == 4
     f = backbone(torch.randn(2, 3, 6, 16, 24))
+    assert timm_difference(backbone, runs[method] / "backbone") == 0.0
     assert f.patches.shape == (2, 32, 6, 2, 3) and f.pooled.shape == (2, 32)
 
 
@@ -88,7 +89,7 @@ def test_knn_of_clips(clips_each: int, runs, tmp_path: Path) -> None:
 
 def test_clips_are_averaged(clips: Path, runs) -> None:
     """Features of three clips of a video are the mean of those of each."""
-    from selfsup.data.clips import centred
+    from selfsup.data.clip_frames import centred
     from selfsup.data.sources import open_source
     from selfsup.eval.datasets import Images
     from selfsup.eval.features import extract, transform_for
@@ -134,9 +135,13 @@ def test_a_backbone_folder_alone_is_enough(clips: Path, runs, tmp_path: Path) ->
     assert result["protocol"]["clips"]["frames"] == 4
 
 
-def test_the_sheet_shows_frames_of_each_view(runs) -> None:
-    sheet = Image.open(runs["dino"] / "pictures" / "augmentations.png")
-    assert sheet.width > 10 * 100  # 2 views of 4 frames and 2 of 2
+def test_the_sheet_shows_frames_of_each_view(runs, tmp_path: Path) -> None:
+    """Two views of 4 frames and two of 2; and the picture that is drawn of them later, with the videos' first frames."""
+    drawn = Image.open(runs["dino"] / "pictures" / "augmentations.png")
+    command("eval", "augmentations", runs["dino"], "images=8", "--out", tmp_path / "sheet.png")
+    again = Image.open(tmp_path / "sheet.png")
+    cell = drawn.width // 12
+    assert cell > 40 and again.width == drawn.width + cell and drawn.height == again.height
 
 
 def test_clips_and_backbones_that_do_not_go_together(clips: Path, tmp_path: Path) -> None:

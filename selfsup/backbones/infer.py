@@ -7,7 +7,7 @@ from typing import Any
 from timm.models import is_model
 from torch import Tensor
 
-from selfsup.backbones.timesformer import from_transformers, infer_timesformer
+from selfsup.backbones.timesformer_keys import from_transformers, infer_timesformer
 from selfsup.errors import UserError
 
 _VIT_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 1536: "giant"}

@@ -19,6 +19,7 @@ from timm.models.vision_transformer import Attention, Block, init_weights_vit_ti
 from torch import Tensor, nn
 
 from selfsup.backbones.positions import resample_tokens, resize_matrix
+from selfsup.backbones.timesformer_keys import from_transformers
 
 SpaceTime = Literal["divided", "joint", "space"]
 
@@ -50,7 +51,8 @@ class TimeSformer(nn.Module):
     """Clips [B, C, T, H, W], or as the loader moves them [B, T*C, H, W] -> class scores or, without classes, [B, D].
 
     Any T, and any H and W that are multiples of the patch: embeddings of place and time are resampled (bicubic, antialiased;
-    the published code takes the nearest). An image [B, C, H, W] is a clip of one frame.
+    the published code takes the nearest). An image [B, C, H, W] is a clip of one frame. time_init: standard deviation of
+    the time embeddings at the start; zero, as published, tells frames apart late, which small nets on little data never do.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class TimeSformer(nn.Module):
         num_classes: int = 1000,
         frames: int = 8,
         attention: SpaceTime = "divided",
+        time_init: float = 0.0,
         global_pool: Literal["token", "avg"] = "token",
         embed_dim: int = 768,
         depth: int = 12,
@@ -88,6 +91,7 @@ class TimeSformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
         if attention != "space":
             self.time_embed = nn.Parameter(torch.zeros(1, frames, embed_dim))
+            nn.init.normal_(self.time_embed, std=time_init)
         rates = torch.linspace(0, drop_path_rate, depth).tolist()
         options: dict[str, Any] = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias}
         options["norm_layer"] = lambda width, **more: nn.LayerNorm(width, eps=1e-6, **more)
@@ -104,7 +108,7 @@ class TimeSformer(nn.Module):
         for parameter in (self.cls_token, self.pos_embed):
             nn.init.trunc_normal_(parameter, std=0.02)
         for block in self.blocks:
-            if getattr(block, "starts_idle", False):
+            if isinstance(block, DividedBlock) and block.starts_idle:
                 nn.init.zeros_(block.temporal_fc.weight)
 
     # ------------------------------------------------------------------------------------------------ what timm expects
@@ -203,58 +207,9 @@ def checkpoint_filter_fn(state: dict[str, Tensor], model: TimeSformer) -> dict[s
     return state
 
 
-_RENAMED = (
-    ("embeddings.cls_token", "cls_token"),
-    ("embeddings.position_embeddings", "pos_embed"),
-    ("embeddings.time_embeddings", "time_embed"),
-    ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
-    ("encoder.layer.", "blocks."),
-    (".temporal_attention.attention.qkv.", ".temporal_attn.qkv."),
-    (".temporal_attention.output.dense.", ".temporal_attn.proj."),
-    (".attention.attention.qkv.", ".attn.qkv."),
-    (".attention.output.dense.", ".attn.proj."),
-    (".temporal_layernorm.", ".temporal_norm1."),
-    (".temporal_dense.", ".temporal_fc."),
-    (".layernorm_before.", ".norm1."),
-    (".layernorm_after.", ".norm2."),
-    (".intermediate.dense.", ".mlp.fc1."),
-    (".output.dense.", ".mlp.fc2."),
-    ("layernorm.", "norm."),
-    ("classifier.", "head."),
-)
-"""What `transformers` calls the parts (its modeling_timesformer.py), and what the published code does; in this order."""
-
-
-def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of `TimesformerModel` or `TimesformerForVideoClassification` under the published code's names.
-
-    Any other is given back as it is.
-    """
-    if not any(key.endswith("embeddings.patch_embeddings.projection.weight") for key in state):
-        return dict(state)
-    out = {}
-    for key, value in state.items():
-        name = key.removeprefix("timesformer.")
-        for theirs, ours in _RENAMED:
-            name = name.replace(theirs, ours)
-        out[name] = value
-    return out
-
-
-def infer_timesformer(state: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
-    """(name, options) of the model that a state dict of the published names is of; heads of 64 channels."""
-    width, channels, patch, _ = state["patch_embed.proj.weight"].shape
-    options: dict[str, Any] = {"attention": "divided" if "blocks.0.temporal_fc.weight" in state else "joint"}
-    side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
-    options |= {"frames": state["time_embed"].shape[1], "img_size": side * patch, "patch_size": patch}
-    options |= {"embed_dim": width, "num_heads": max(1, width // 64), "in_chans": channels}
-    options["depth"] = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
-    return "timesformer_base_patch16_224", options
-
-
 # ------------------------------------------------------------------------------------------------------------- names
 
-_CFG = {
+_CFG: dict[str, Any] = {
     "input_size": (3, 224, 224),
     "fixed_input_size": True,
     "num_classes": 400,

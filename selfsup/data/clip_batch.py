@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from selfsup.data.batch import BatchMaker, pixel_size
-from selfsup.data.clips import drawn, span
+from selfsup.data.clip_frames import drawn, span
 from selfsup.data.views import Prepared, View, crops_of, draw, prepare
 
 

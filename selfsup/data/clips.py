@@ -21,18 +21,15 @@ from typing import Protocol
 
 import numpy as np
 
-from selfsup.config import Crops, DataConfig
+from selfsup.config import DataConfig
 from selfsup.data import video
 from selfsup.data.base import Names, Source, retried, text
 from selfsup.data.batch import pixel_size
+from selfsup.data.clip_frames import centred
 from selfsup.data.decode import BadImage, Pixels, decode, read_file
 from selfsup.data.files import ListSource, is_image
-from selfsup.data.views import View, uniforms
 from selfsup.errors import UserError
-from selfsup.randomness import mix
 from selfsup.wording import one_line
-
-_TAG = 0xC119
 
 
 class Video(Protocol):
@@ -162,12 +159,31 @@ class ClipFolder(_Clips):
         return self._names.fingerprint
 
 
-class ClipList(_Clips, ListSource):
+class ClipList(_Clips):
     """Videos (folders or files) named in a text file: a path a line, then optionally a tab or a space and a label."""
 
     def __init__(self, path: str, channels: int, config: DataConfig) -> None:
-        ListSource.__init__(self, path, channels, config)
+        super().__init__(channels, config)
         self.setup(channels)
+        self._list = _Lines(path, channels, config)
+        self.classes = self._list.classes
+
+    def __len__(self) -> int:
+        return len(self._list)
+
+    def path(self, i: int) -> bytes:
+        return self._list.path(i)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return self._list.labels
+
+    def fingerprint(self) -> str:
+        return self._list.fingerprint()
+
+
+class _Lines(ListSource):
+    """The list itself."""
 
     def path(self, i: int) -> bytes:
         return self._path(i)
@@ -193,8 +209,17 @@ def open_clips(path: str, shown: str, channels: int, config: DataConfig) -> Sour
 
 
 def _walk(root: bytes) -> Iterator[bytes]:
-    """Relative paths of videos below `root`: of each folder itself, its files, then its subfolders, sorted by bytes."""
-    for folder, folders, files in os.walk(root, followlinks=False):
+    """Relative paths of videos below `root`: of each folder itself, its files, then its subfolders, sorted by bytes.
+
+    Links to folders are followed, but into no folder twice.
+    """
+    seen: set[tuple[int, int]] = set()
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_unreadable):
+        info = os.stat(folder)
+        if (info.st_dev, info.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((info.st_dev, info.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith(b"."))
         below = os.path.relpath(folder, root)
         if any(is_image(name) for name in files):
@@ -208,35 +233,5 @@ def _walk(root: bytes) -> Iterator[bytes]:
         yield from (prefix + name for name in sorted(files) if video.is_video(name))
 
 
-# --------------------------------------------------------------------------------------------------------- which frames
-
-
-def window(count: int, frames: int, stride: int) -> tuple[int, int]:
-    """(stride, starts): what is left of the stride in a video of so many frames, and how many first frames there are."""
-    if frames > 1:
-        stride = max(1, min(stride, (count - 1) // (frames - 1)))
-    return stride, max(1, count - (frames - 1) * stride)
-
-
-def numbers(first: int, count: int, frames: int, stride: int) -> list[int]:
-    """Of a clip; past the end the last frame is repeated."""
-    return [min(first + k * stride, count - 1) for k in range(frames)]
-
-
-def centred(count: int, frames: int, stride: int, clip: int = 0, clips: int = 1) -> list[int]:
-    """Frames of clip number `clip` of `clips` evenly spaced ones; of one it is the middle."""
-    stride, starts = window(count, frames, stride)
-    return numbers(int((starts - 1) * (clip + 0.5) / clips), count, frames, stride)
-
-
-def span(crops: Crops, config: DataConfig) -> tuple[int, int]:
-    """(frames, stride) of a kind of views."""
-    return crops.frames or config.frames or 1, crops.stride or config.stride
-
-
-def drawn(view: View, config: DataConfig, seed: int, epoch: int, index: int, count: int) -> list[int]:
-    """Frames of a view's clip of a video of `count` frames: a function of (seed, epoch, index, view) and the video."""
-    frames, stride = span(view.crops, config)
-    stride, starts = window(count, frames, stride)
-    u = uniforms(mix(seed, _TAG), np.array([epoch]), np.array([index]), view.number, 1)
-    return numbers(int(u[0, 0] * starts), count, frames, stride)
+def _unreadable(error: OSError) -> None:
+    raise UserError(f"data: the folder {one_line(error.filename)} cannot be read: {error.strerror}") from None

@@ -51,7 +51,9 @@ def sheet(
     largest = max(view.size for group in groups for view in group)
     scale = max(1, round(_SIDE / largest)) if largest <= _SIDE else _SIDE / largest
     cell = round(largest * scale)
-    shown = [c for group, *x in zip(groups, batch.crops, batch.params) for c in _columns(group, *x, count, mean, std)]
+    shown: list[tuple[str, Tensor]] = []
+    for group, crops, params in zip(groups, batch.crops, batch.params):
+        shown += _columns(group, crops[:, :count], params[:, :count], mean, std)
     columns = len(shown) + bool(originals)
     out = Image.new("RGB", (columns * (cell + _GAP) + _GAP, count * (cell + _GAP) + _GAP + _HEAD), "white")
     pen, font = ImageDraw.Draw(out), ImageFont.load_default()
@@ -70,11 +72,11 @@ def sheet(
 
 
 def _columns(
-    group: Sequence[View], crops: Tensor, params: Tensor, count: int, mean: Sequence[float], std: Sequence[float]
+    group: Sequence[View], crops: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float]
 ) -> list[tuple[str, Tensor]]:
     """A title and images [n, C, S, S] for each view of a resolution; of clips for some of their frames, in order."""
     frames = crops.shape[2] // len(mean)
-    views = photometric.apply(crops[:, :count], params[:, :count], mean, std, "cpu", frames=frames)  # [V, n, T*C, S, S]
+    views = photometric.apply(crops, params, mean, std, "cpu", frames=frames)  # [V, n, T*C, S, S]
     if frames == 1:
         return [(f"{view.name}, {view.size} px", rows) for view, rows in zip(group, views)]
     few = np.unique(np.linspace(0, frames - 1, min(frames, _FRAMES)).round().astype(int)).tolist()

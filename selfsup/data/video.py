@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from selfsup.data.base import retried, text
+from selfsup.data.base import SYSTEM, retried, text
 from selfsup.data.decode import BadImage, Pixels
 from selfsup.errors import UserError
 from selfsup.wording import one_line
@@ -50,7 +50,7 @@ class VideoFile:
 
     def frames(self, wanted: Sequence[int]) -> list[Pixels]:
         """Frames by number from 0, ascending: images of mode L or RGB. Raises BadImage if one cannot be decoded."""
-        out: list[Pixels] = []
+        out: list[Image.Image] = []
         with self._opened() as (container, stream):
             decoded: Iterator[Any] = iter(())
             at: int | None = None  # time of the last frame that was decoded
@@ -64,12 +64,15 @@ class VideoFile:
                         break
                 else:
                     raise BadImage(f"frame {self.times.index(time)} of {self.count} cannot be decoded")
-                if frame.pts != time:
-                    raise BadImage(f"frame {self.times.index(time)} of {self.count} is missing")
+                if frame.pts != time or frame.is_corrupt:
+                    raise BadImage(f"frame {self.times.index(time)} of {self.count} is damaged or missing")
                 at = frame.pts
                 pixels: np.ndarray = frame.to_ndarray(format=_FORMATS[self.channels])
                 out.append(Image.fromarray(pixels))
-        return out
+                if out[-1].size != out[0].size:
+                    here, first = (f"{w}x{h}" for w, h in (out[-1].size, out[0].size))
+                    raise BadImage(f"frame {self.times.index(time)} is {here}, others are {first}")
+        return list(out)
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
@@ -84,6 +87,8 @@ class VideoFile:
                 stream.codec_context.thread_count = 1
                 yield container, stream
         except (av.FFmpegError, ValueError, OSError) as error:
+            if getattr(error, "errno", None) in SYSTEM:
+                raise
             raise BadImage(f"broken: {one_line(error, 160)}") from None
 
 

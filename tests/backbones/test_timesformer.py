@@ -10,7 +10,8 @@ from selfsup.backbones import create_backbone, export_timm, load_backbone, timm_
 from selfsup.backbones.checkpointing import set_checkpointing
 from selfsup.backbones.clips import ClipBackbone
 from selfsup.backbones.stochastic import key_stochastic_layers
-from selfsup.backbones.timesformer import TimeSformer, from_transformers
+from selfsup.backbones.timesformer import TimeSformer
+from selfsup.backbones.timesformer_keys import from_transformers
 from selfsup.config import BackboneConfig
 from selfsup.errors import UserError
 

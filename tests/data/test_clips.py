@@ -10,7 +10,7 @@ from PIL import Image
 from benchmarks.make_motion_clips import MOTIONS, make
 from selfsup.config import Crops, DataConfig, ViewsConfig, load
 from selfsup.data import photometric
-from selfsup.data.clips import centred, drawn, window
+from selfsup.data.clip_frames import centred, drawn, window
 from selfsup.data.decode import BadImage
 from selfsup.data.eval_transform import eval_batches, eval_crop
 from selfsup.data.loader import Loader
@@ -163,6 +163,11 @@ def test_lists(tmp_path, folder) -> None:
 def test_what_is_no_set_of_clips(tmp_path, folder) -> None:
     with pytest.raises(UserError, match="holds pictures itself"):
         open_source(str(folder / "pan_up" / "0000"), channels=3, config=CONFIG)
+    (tmp_path / "linked").symlink_to(folder)
+    (tmp_path / "linked_again").symlink_to(folder)
+    assert len(open_source(str(tmp_path), channels=3, config=CONFIG)) == 24  # each folder once
+    (tmp_path / "linked").unlink()
+    (tmp_path / "linked_again").unlink()
     with pytest.raises(UserError, match="no videos in"):
         open_source(str(tmp_path), channels=3, config=CONFIG)
     with pytest.raises(UserError, match="asks for clips"):
