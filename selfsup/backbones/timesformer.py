@@ -223,9 +223,8 @@ _CFG: dict[str, Any] = {
     "license": "cc-by-nc-4.0",
 }
 _SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
-default_cfgs = generate_default_cfgs(
-    {f"timesformer_{size}_patch16_224": _CFG for size in _SIZES} | {"timesformer": _CFG}
-)
+_CFGS: dict[str, Any] = {f"timesformer_{size}_patch16_224": _CFG for size in _SIZES} | {"timesformer": _CFG}
+default_cfgs = generate_default_cfgs(_CFGS)
 
 
 def _create(variant: str, size: str, pretrained: bool, options: dict[str, Any]) -> TimeSformer:
