@@ -11,7 +11,8 @@ from selfsup import config as configuration
 from selfsup import dist
 from selfsup.config import Config
 from selfsup.data.arrays import eight_bits
-from selfsup.data.batch import BatchMaker, Split
+from selfsup.data.batch import Split
+from selfsup.data.loader import maker_of
 from selfsup.data.sheet import sheet, write_sheet
 from selfsup.data.sources import BadImage, Source, open_source
 from selfsup.data.views import View
@@ -40,7 +41,7 @@ def run(
     made, count = views(config), min(settings.images, len(source), config.global_batch)
     if count == 0:
         raise UserError(f"data={config.data.path}: no images to show")
-    maker = BatchMaker(source, made, config.seed, Split(count), copies=config.data.copies)
+    maker = maker_of(source)(source, made, config.seed, Split(count), copies=config.data.copies)
     batch = maker(0, 0)
     originals = [_original(source, int(i)) for i in batch.ids]
     try:

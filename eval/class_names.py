@@ -9,7 +9,7 @@ from selfsup.config import Config, DataConfig
 from selfsup.data.sources import open_source
 from selfsup.errors import UserError
 
-from .datasets import Images, at_most
+from .datasets import Images, at_most, data_options
 from .settings import ImageSettings
 from .targets import Target
 
@@ -48,13 +48,7 @@ def open_val(
         raise UserError(
             f"classify {target.name}: no val images; give eval.val=FOLDER, or data=FOLDER (all of it is classified)"
         )
-    base = run.data if run is not None else DataConfig()
-    given = {
-        k: v
-        for k in ("value_range", "max_pixels", "depth", "background")
-        if (v := getattr(settings.data, k)) is not None
-    }
-    options = base.model_copy(update=given)
+    options = data_options(target, settings)
     val = "demo:train" if val == "demo" else val
     if train is not None or names is None:
         names = names_of(train, channels, options) if train else names_of_run(run, channels, options)

@@ -23,6 +23,7 @@ from selfsup.errors import UserError
 from . import results
 from .class_figures import Answers, figures, per_class
 from .class_names import LabelledImages, open_val
+from .clips import over_clips
 from .features import Transform
 from .progress import Progress
 from .settings import ClassifySettings, ImageSettings, resolve
@@ -170,7 +171,8 @@ def answers(
             x = x.to(device, non_blocking=True)
             for name, module in classifiers.items():
                 with _cast(device, precision):
-                    logits = module(x.to(next(module.parameters()).dtype))
+                    whole = over_clips(lambda part, module=module: [module(part)], val.images.source)  # type: ignore[misc]
+                    (logits,) = whole(x.to(next(module.parameters()).dtype))
                 table[name][at] = _answers(name, module, logits.double(), labels[at].to(device))
             progress.advance(len(x))
     except UserError as cause:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from selfsup.backbones.clips import ClipBackbone
 from selfsup.config import DataConfig
 from selfsup.data.sources import BadImage, Source, Subset, open_source
 from selfsup.data.split import split
@@ -48,6 +49,8 @@ class Images:
         config = self.source.config
         how = "" if config.depth == 8 and min(config.background) == 255 else f" {config.depth} {config.background}"
         digest.update(f"{self.source.channels} {config.value_range} {config.max_pixels}{how}\n".encode())
+        if config.frames is not None:
+            digest.update(f"{config.frames} {config.stride} {config.clips}\n".encode())
         whole = _stat(os.path.expanduser(self.spec))
         digest.update(str(whole).encode())
         if len(self) and _stat(self.source.name(int(self.indices[0]))) is not None:
@@ -186,11 +189,10 @@ def specs(target: Target, settings: FeatureSettings) -> tuple[str, str | None]:
 
 def data_options(target: Target, settings: ImageSettings) -> DataConfig:
     base = target.config.data if target.config is not None else DataConfig()
-    given = {
-        k: v
-        for k in ("value_range", "max_pixels", "depth", "background")
-        if (v := getattr(settings.data, k)) is not None
-    }
+    keys = ("value_range", "max_pixels", "depth", "background", "frames", "stride", "clips")
+    given = {k: v for k in keys if (v := getattr(settings.data, k)) is not None}
+    if base.frames is None and isinstance(target.backbone, ClipBackbone):
+        given.setdefault("frames", target.backbone.frames)
     return base.model_copy(update=given)
 
 

@@ -27,6 +27,7 @@ from selfsup.data.sources import BadImage
 from selfsup.errors import UserError
 
 from . import results
+from .clips import over_clips
 from .datasets import Images
 from .poolings import Request, check_requests, forward_function
 from .progress import Progress
@@ -161,6 +162,9 @@ def extract(
         "precision": settings.precision,
         "device": target.device.type,
     }
+    data = images.source.config
+    if data.frames is not None:
+        facts["clips"] = {"frames": data.frames, "stride": data.stride, "clips": data.clips}
     facts = json.loads(json.dumps(facts))
     token = _agree(secrets.randbits(48) + 1)
     kept = _kept(target, settings, scratch)
@@ -239,7 +243,7 @@ def _write(
     what: str,
     quiet: bool,
 ) -> None:
-    forward = forward_function(target, settings, requests)
+    forward = over_clips(forward_function(target, settings, requests), images.source)
     channels = images.source.channels
     widths = [x.shape[1] for x in forward(torch.zeros(1, channels, transform.size, transform.size))]
     partial = [folder / f".partial-{token:012x}-{r.name}.npy" for r in requests]

@@ -78,6 +78,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """The same for an opened target (and, if given, opened data)."""
     pair, left_out = labelled_only(pair or open_pair(target, settings))
+    if settings.augment and pair.train.source.config.frames is not None:
+        raise UserError(
+            "augment=true: the linear probe augments images; of clips it takes features that are kept: leave it out"
+        )
     requests = grid(target, settings)
     transform = transform_for(target, pair.train, settings)
     train = extract(target, pair.train, settings, requests, transform, what="train features")

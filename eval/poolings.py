@@ -68,7 +68,7 @@ def compute(backbone: Backbone | None, images: Tensor, requests: Sequence[Reques
     tokens = backbone.tokens(images, far) if far else []
     if any(r.layer == -1 for r in requests):
         f = backbone(images)
-        last = (f.cls, f.patches.mean(dim=(2, 3)))
+        last = (f.cls, f.patches.mean(dim=tuple(range(2, f.patches.ndim))))
     out = []
     for request in requests:
         if request.pooling == "pooled":

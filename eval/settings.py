@@ -50,6 +50,11 @@ class EvalData(Section):
     max_pixels: Positive | None = None
     depth: Literal[8, 16] | None = None
     background: tuple[Level, Level, Level] | None = None
+    frames: Positive | None = None
+    """Of a clip; default: the run's, or those the backbone was built for, where it takes clips."""
+    stride: Positive | None = None
+    clips: Positive | None = None
+    """Of each video, evenly spaced, whose features are averaged; default: the run's, else the middle one alone."""
 
 
 class ImageSettings(Section):

@@ -136,6 +136,8 @@ def read(images: Images, rows: np.ndarray, transform: Transform) -> tuple[Tensor
 
 def displayed(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     """[N, C, S, S] normalised -> [N, S, S, 3] in [0, 1]: one channel as grey, of two the first, of more the first three."""
+    middle = images.shape[1] // len(mean) // 2 * len(mean)  # of a clip its middle frame
+    images = images[:, middle : middle + len(mean)]
     m, s = (torch.tensor(v).view(1, -1, 1, 1) for v in (mean, std))
     x = (images.cpu() * s + m).clamp(0, 1)
     x = x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)

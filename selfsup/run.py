@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from selfsup import checkpoint, dist, methods, runtime
+from selfsup.backbones.clips import check_frames
 from selfsup.backbones.export import export_timm
 from selfsup.batchnorm import synchronise
 from selfsup.checkpoint import Retention, State
@@ -125,6 +126,7 @@ class Run:
         config = _count_classes(config, source)
         length = plan(config, len(source))
         method = methods.create(config, teacher)
+        check_frames(method.backbones(), config.data.frames)
         dtype = torch.float64 if config.precision == "fp64" else torch.float32
         method.to(device=device, dtype=dtype)
         method.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs and GPUs
@@ -194,7 +196,7 @@ class Run:
             f"{c.device}, {c.precision}, {c.threads} threads"
         )
         note(
-            f"data {c.data.path}: {len(self.source):,} images · "
+            f"data {c.data.path}: {len(self.source):,} {'images' if c.data.frames is None else 'videos'} · "
             f"{self.plan.steps:,} steps = {self.plan.epoch(self.plan.steps):.4g} epochs"
         )
         if (channels := c.backbone.in_chans) != 3 and (given := c.views.colour_keys()):

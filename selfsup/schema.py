@@ -99,6 +99,13 @@ class DataConfig(Section):
     copies: Positive = 1
     """Repeated augmentation (Hoffer et al., 2020): so many copies of an image follow one another in the batches, each augmented
     in its own way. An epoch stays as long, and sees so many times fewer images; the next ones see those that are left."""
+    frames: Positive | None = None
+    """Of a clip: `path` then names videos, which are folders of frames or video files, and backbones are those of clips
+    (timesformer); null: images."""
+    stride: Positive = 1
+    """From one frame of a clip to the next; a video that is too short lowers it."""
+    clips: Positive = 1
+    """Of each video, evenly spaced, in evaluations of features, which average them; 1: the middle one."""
     max_pixels: Positive = 100_000_000
     """Images with more pixels are refused before decoding."""
     max_bad_fraction: Probability = 0.05
@@ -118,6 +125,10 @@ class Crops(Section):
     """Area of the crop as a fraction of the image."""
     ratio: Range = (3 / 4, 4 / 3)
     """Aspect ratio, width / height."""
+    frames: Positive | None = None
+    """Of a clip of this kind of views; null: data.frames. Local clips may be shorter in time as well as in space."""
+    stride: Positive | None = None
+    """From one frame to the next; null: data.stride."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     hflip: Probability = 0.5
     vflip: Probability = 0.0
@@ -564,10 +575,17 @@ class Config(Section):
                 f"data.copies={self.data.copies} with teacher.cache_epochs={self.teacher.cache_epochs}: copies would be alike; "
                 f"give a multiple, as in teacher.cache_epochs={self.data.copies}"
             )
+        for kind, crops in (("global", self.views.global_), ("local", self.views.local)):
+            if self.data.frames is None and (crops.frames or crops.stride):
+                raise ValueError(f"views.{kind}.frames and .stride are of clips; give data.frames as well")
+            if self.data.frames is not None and crops.style != "none":
+                raise ValueError(f"views.{kind}.style={crops.style} is that of another image; clips have none (data.frames)")
         for key in ("mean", "std"):
             value = getattr(self.data, key)
             if value is not None and len(value) != self.backbone.in_chans:
                 raise ValueError(f"data.{key} has {len(value)} values for backbone.in_chans={self.backbone.in_chans}")
+        if self.data.frames is not None and self.data.depth != 8:
+            raise ValueError(f"data.depth={self.data.depth}: clips (data.frames) have 8 bits; leave it out")
         channels, ranges = self.backbone.in_chans, self.data.value_range
         if ranges is not None and isinstance(ranges[0], tuple) and len(ranges) != channels:
             raise ValueError(f"data.value_range has {len(ranges)} ranges for backbone.in_chans={channels}")
@@ -580,6 +598,8 @@ class Config(Section):
                 raise ValueError(
                     f"views.{kind}.policy={crops.policy} works on 8 bits; use data.depth=8, or views.{kind}.policy=none"
                 )
+            if crops.style != "none" and self.data.depth != 8:
+                raise ValueError(f"views.{kind}.style={crops.style} works on 8 bits; use data.depth=8, or views.{kind}.style=none")
             if crops.lighting and channels != 3:
                 raise ValueError(
                     f"views.{kind}.lighting={crops.lighting:g} is for images of 3 channels; seen backbone.in_chans={channels}"

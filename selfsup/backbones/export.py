@@ -193,9 +193,14 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def noise(backbone: Backbone, size: Size | None, batch: int) -> Tensor:
-    """Images [batch, C, h, w] of normal noise, always the same; size: default `backbone.image_size`."""
+    """Images [batch, C, h, w] of normal noise, always the same; size: default `backbone.image_size`.
+
+    For a backbone of clips [batch, T*C, h, w], with the T that it was built for.
+    """
     h, w = _pair(size or backbone.image_size)
-    return torch.randn(batch, backbone.in_chans, h, w, generator=torch.Generator().manual_seed(0))
+    return torch.randn(
+        batch, backbone.in_chans * getattr(backbone, "frames", 1), h, w, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def _on_cpu(backbone: Backbone) -> Backbone:

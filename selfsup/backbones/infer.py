@@ -8,6 +8,7 @@ from timm.models import is_model
 from torch import Tensor
 
 from selfsup.backbones import mit
+from selfsup.backbones.timesformer_keys import from_transformers, infer_timesformer
 from selfsup.errors import UserError
 
 _VIT_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 1536: "giant"}
@@ -30,6 +31,10 @@ def infer(state: dict[str, Tensor], options: dict[str, Any]) -> tuple[str, dict[
     """
     if "cls_attn_blocks.0.norm1.weight" in state and "patch_embed.proj.0.0.weight" in state:
         return _xcit(state, options)
+    clips = from_transformers(state)
+    if "time_embed" in clips and "patch_embed.proj.weight" in clips:
+        name, found = infer_timesformer(clips)
+        return name, {**found, **options}
     if {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"} <= state.keys():
         return _vit(state, options)
     if "layer1.0.conv1.weight" in state and "conv1.weight" in state:

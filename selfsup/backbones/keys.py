@@ -23,8 +23,8 @@ State = dict[str, Tensor]
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 # Where files keep a student's or a plain model's tensors, and an averaged model's.
 _NESTED = {
-    "teacher": ("teacher", "model_ema", "state_dict_ema", "ema", "student", "model", "state_dict"),
-    "student": ("student", "model", "state_dict"),
+    "teacher": ("teacher", "model_ema", "state_dict_ema", "ema", "student", "model", "state_dict", "model_state"),
+    "student": ("student", "model", "state_dict", "model_state"),
 }
 _BACKBONES = ("backbone.", "encoder_q.", "base_encoder.")
 # Not part of a backbone: projection heads, classifiers, masks and decoders of pretraining.

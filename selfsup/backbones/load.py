@@ -26,7 +26,7 @@ from selfsup.errors import UserError
 from selfsup.wording import one_line
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
+_TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".pyth")
 
 
 @typing.overload
@@ -112,7 +112,7 @@ class _Source:
         if name is None:
             name, found = infer(self.state, options)
             options = {**found, **options}
-            norm = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+            norm = {} if name.startswith("timesformer") else {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
         else:
             norm = {}
         model, options = build(name, options)

@@ -20,7 +20,8 @@ from selfsup.wording import printable
 T = TypeVar("T")
 
 _TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO, errno.ECONNRESET)
-_SYSTEM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+SYSTEM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Of an exhausted system, which says nothing about a file."""
 _PAUSES = (0.2, 1.0, 3.0)
 
 
@@ -58,6 +59,11 @@ class Source(ABC):
     def stored_bytes(self, i: int) -> int | None:
         """Size of image i's file, without reading it; -1 if it is not there, None where there are no files."""
         return None
+
+    @property
+    def frame_channels(self) -> int:
+        """Values a pixel of an image; sources of clips give several frames as one image of more channels."""
+        return self.channels
 
     @property
     def labels_at_hand(self) -> bool:
@@ -138,7 +144,7 @@ def retried(function: Callable[[], T]) -> T:
         try:
             return function()
         except OSError as error:
-            if error.errno in _SYSTEM:
+            if error.errno in SYSTEM:
                 raise
             if error.errno not in _TRANSIENT or pause is None:
                 raise BadImage(f"cannot be read: {error.strerror or error}") from None

@@ -76,6 +76,9 @@ def eval_batches(
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     chunks = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
     images = _Chunks(source, chunks, size, resize, interpolation, crop)
+    if len(mean) == source.frame_channels:  # of a clip: for each of its frames
+        frames = source.channels // source.frame_channels
+        mean, std = tuple(mean) * frames, tuple(std) * frames
     scale = torch.tensor([1 / (top(source.config.depth) * s) for s in std]).view(-1, 1, 1)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(-1, 1, 1)
     if len(scale) != source.channels:

@@ -86,7 +86,7 @@ class ListSource(Source):
                     line = raw.removeprefix(b"\xef\xbb\xbf" if number == 0 else b"").rstrip(b"\r\n")
                     if not line.strip():
                         continue
-                    name, label = _split_line(line)
+                    name, label = self.split_line(line)
                     self._names.append(name)
                     codes.append(known.setdefault(label, len(known)) if label else -1)
         except OSError as error:
@@ -101,6 +101,11 @@ class ListSource(Source):
                 f"data: {one_line(path)} line 1: no file {missing}; paths are relative to the list's folder"
             )
         self._labels = self._resolve(np.array(codes, dtype=np.int64), list(known)) if known else None
+
+    @staticmethod
+    def split_line(line: bytes) -> tuple[bytes, bytes]:
+        """(path, label)."""
+        return _split_line(line)
 
     def _resolve(self, codes: np.ndarray, words: list[bytes]) -> np.ndarray:
         try:

@@ -28,9 +28,14 @@ def open_source(spec: str, *, channels: int, config: DataConfig | None = None) -
 
     spec: a folder (flat, or with class folders), a .txt list, a .zip, a .npy stack, `demo` or `demo:val` (bundled), or
     `torchvision:NAME[:ROOT[:SPLIT]]`, `timm:NAME[:ROOT[:SPLIT]]`. Raises UserError when there is nothing to read.
+    With `config.frames` the clips of videos: see `clips.py`.
     """
     config, shown = config or DataConfig(), f"data={one_line(spec)}"
     kind, _, rest = spec.partition(":")
+    if config.frames is not None and kind in ("demo", "torchvision", "timm"):
+        raise UserError(
+            f"{shown}: holds images, and data.frames={config.frames} asks for clips; give a folder of videos"
+        )
     if kind == "demo":  # a folder of that name is ./demo
         split = rest or "train"
         if split not in _DEMO_SPLITS:
@@ -42,6 +47,10 @@ def open_source(spec: str, *, channels: int, config: DataConfig | None = None) -
         path = os.path.expanduser(spec)
     except ValueError as error:  # a NUL, or half a character, after ~
         raise UserError(f"{shown}: not a path: {one_line(error)}") from None
+    if config.frames is not None and os.path.exists(path):
+        from selfsup.data.clips import open_clips
+
+        return open_clips(path, shown, channels, config)
     if os.path.isdir(path):
         return FolderSource(path, channels, config)
     if not os.path.exists(path):
@@ -88,6 +97,10 @@ class Subset(Source):
 
     def stored_bytes(self, i: int) -> int | None:
         return self.source.stored_bytes(int(self.indices[i]))
+
+    @property
+    def frame_channels(self) -> int:
+        return self.source.frame_channels
 
     @property
     def labels_at_hand(self) -> bool:

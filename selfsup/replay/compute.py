@@ -207,9 +207,10 @@ def _views(refused: Refused, micro: int, method: Any, config: Config, device: to
     if len(modules) != len(batch.crops):  # trained on other views
         modules = [None] * len(batch.crops)
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
+    channels = config.backbone.in_chans  # of an image, or of a frame
     return ViewBatch(
         images=[
-            photometric.apply(crops, params, config.mean, config.std, device, dtype, module)
+            photometric.apply(crops, params, config.mean, config.std, device, dtype, module, crops.shape[2] // channels)
             for crops, params, module in zip(batch.crops, batch.params, modules)
         ],
         positions=batch.positions.to(device),
