@@ -599,7 +599,7 @@ class Config(Section):
                     f"views.{kind}.policy={crops.policy} works on 8 bits; use data.depth=8, or views.{kind}.policy=none"
                 )
             if crops.style != "none" and self.data.depth != 8:
-                raise ValueError(f"views.{kind}.style={crops.style} works on 8 bits; use data.depth=8, or views.{kind}.style=none")
+                raise ValueError(f"views.{kind}.style={crops.style} works on 8 bits; give data.depth=8, or style=none")
             if crops.lighting and channels != 3:
                 raise ValueError(
                     f"views.{kind}.lighting={crops.lighting:g} is for images of 3 channels; seen backbone.in_chans={channels}"

@@ -71,8 +71,8 @@ def matrices(rows: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.
 
 
 def warp(x: Tensor, rows: np.ndarray, mean: Sequence[float]) -> Tensor:
-    """Levels [N,C,H,W] of any type, with rows [N,8] on the host -> the same, in whole levels unless they are float; mean: C levels
-    of constant fill."""
+    """Levels [N,C,H,W] of any type, with rows [N,8] on the host -> the same, in whole levels unless they are float;
+    mean: C levels of constant fill."""
     kinds = np.unique(rows[:, FILL][rows[:, FILL] > 0]).astype(int).tolist()
     if not kinds:
         return x
