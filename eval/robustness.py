@@ -186,7 +186,8 @@ def _draw(
     grid[1, 1].set_ylabel("strong", fontsize=9, color=INK)
     by = "k-NN" if settings.by == "knn" else "Classifier's"
     error = ", calibration error" if "ece" in table[0] else ""
-    figure.suptitle(f"{by} top-1{error} under corruptions of the val images", fontsize=10, color=INK)
+    broken = "\n" if len(names) < 3 else " "  # the picture is narrow
+    figure.suptitle(f"{by} top-1{error}{broken}under corruptions of the val images", fontsize=10, color=INK)
     return save(figure, path)
 
 

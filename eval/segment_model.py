@@ -53,7 +53,7 @@ class ClassFile(Section):
 class SegmentFile(Section):
     """head.json."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     key: str
     """Digest of what the training is a function of."""
     head: Head

@@ -154,6 +154,7 @@ def _key(target: Target, settings: SegmentSettings, classes: Classes, size: int,
 
 
 def _fresh(target: Target, settings: SegmentSettings, classes: Classes, size: int) -> SegmentModel:
+    assert target.backbone is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         segmenter = segment_model.build(
