@@ -18,7 +18,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-@pytest.mark.systems("Export to timm, to ONNX, to `torch.export`; torch.hub")
+@pytest.mark.systems("Export to timm, to transformers, to ONNX, to `torch.export`; torch.hub")
 def test_bare_timm_gives_the_same_bits(kind, small, tmp_path):
     channels = 13 if kind in {"vit", "swin", "convnext"} else 3
     backbone = small(kind, channels=channels)

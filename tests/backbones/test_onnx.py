@@ -9,7 +9,7 @@ from selfsup.backbones import export_onnx, key_stochastic_layers
 from selfsup.errors import UserError
 
 
-@pytest.mark.systems("Export to timm, to ONNX, to `torch.export`; torch.hub")
+@pytest.mark.systems("Export to timm, to transformers, to ONNX, to `torch.export`; torch.hub")
 @pytest.mark.parametrize("kind", ["vit", "registers", "resnet"])
 def test_onnx(kind, small, tmp_path):
     """Parity on a batch of another size than the one exported with."""

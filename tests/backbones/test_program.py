@@ -47,7 +47,7 @@ def test_program_equals_the_model(kind, small, tmp_path: Path):
     torch.testing.assert_close(patches, expected.patches, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.systems("Export to timm, to ONNX, to `torch.export`; torch.hub")
+@pytest.mark.systems("Export to timm, to transformers, to ONNX, to `torch.export`; torch.hub")
 def test_the_command_and_its_faults(small, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     backbone = small("vit")
     export_timm(backbone, tmp_path / "backbone")

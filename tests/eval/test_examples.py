@@ -98,7 +98,7 @@ def test_features(run: Path, silhouettes: Path, tmp_path: Path, monkeypatch, cap
     np.testing.assert_allclose(array[5], expected[0].numpy(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.systems("Export to timm, to ONNX, to `torch.export`; torch.hub")
+@pytest.mark.systems("Export to timm, to transformers, to ONNX, to `torch.export`; torch.hub")
 def test_torch_hub(run: Path, tmp_path: Path) -> None:
     """In a process of its own, from another folder, with the checkout's path alone."""
     code = (

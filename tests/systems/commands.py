@@ -99,11 +99,12 @@ COMMANDS: dict[str, list[str]] = {
         "eval finetune {run} steps=2 global_batch=16 --out {tmp}/finetune.json",
         "eval classify {classifier} --out {tmp}/classify.json",
     ],
-    "Few-shot, retrieval, near-duplicates, robustness under corruptions, a probe on each layer": [
+    "Few-shot, retrieval, near-duplicates, robustness and calibration under corruptions, a probe on each layer": [
         "eval fewshot {run} --out {tmp}/fewshot.json",
         "eval retrieval {run} --out {tmp}/retrieval.json",
         "eval duplicates {run} data={images} --out {tmp}/duplicates.json",
         "eval robustness {run} --out {tmp}/robustness.json",
+        "eval robustness {classifier} by=classifier --out {tmp}/calibration.json",
         "eval layers {run} --out {tmp}/layers.json",
     ],
     "Segmentation without training: nearest patches, objects from attention, TokenCut and LOST, propagation through video": [

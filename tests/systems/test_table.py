@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests import test_demos
+from tests.methods import test_architectures
 from tests.systems import table
 from tests.systems.commands import COMMANDS
 
@@ -13,8 +14,8 @@ TESTS = Path(__file__).parents[1]
 
 
 def marked() -> set[str]:
-    """First arguments of `pytest.mark.systems(...)` in all tests, where they are written out, and those of the demos."""
-    found = {*test_demos.ROWS.values(), test_demos.FAMILY}
+    """First arguments of `pytest.mark.systems(...)` in all tests: those written out, and those that come from tables."""
+    found = {*test_demos.ROWS.values(), test_demos.FAMILY, *test_architectures.ROWS}
     for path in TESTS.rglob("*.py"):
         text = path.read_text()
         if "mark.systems(" not in text:
