@@ -17,6 +17,7 @@ from selfsup.augment import settings
 from selfsup.augment.transfer import Transfer, spread, statistics
 from selfsup.cli import app
 from selfsup.errors import UserError
+from tests.methods.tiny import METHOD_OPTIONS, TINY_RUN
 
 RECIPE = ["recipe=labelled", "copies=3", "workers=0", "noise=0.5", "style=fourier", "blur=0.5"]
 
@@ -134,7 +135,7 @@ def test_a_kill_in_the_middle(photos: Path, written: Path, tmp_path: Path) -> No
     assert left == content(written)
 
 
-@pytest.mark.systems("Augmentation")
+@pytest.mark.systems("Offline: writing an enlarged data set")
 def test_the_documented_commands(photos: Path, tmp_path: Path) -> None:
     """The command line: an enlarged data set that trains, and the sheet with a row for each operation."""
     run = CliRunner()
@@ -258,7 +259,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_transfer(photos: Path, backbone: Path, tmp_path: Path) -> None:
+def test_transfer(backbone: Path) -> None:
     """Statistics of features come near those of the style image, the picture stays; each image's result is its own."""
     four = [np.asarray(Image.fromarray(p).resize((48, 40))) for p in photographs().values()]
     x = torch.from_numpy(np.stack(four)).permute(0, 3, 1, 2).float() / 255
@@ -276,8 +277,49 @@ def test_transfer(photos: Path, backbone: Path, tmp_path: Path) -> None:
     for before, after in zip(contents, out, strict=True):
         assert np.corrcoef(before.mean(0).flatten(), after.mean(0).flatten())[0, 1] > 0.5
     assert (move(contents[1:], styles[1:])[0] - out[1]).abs().mean() < 0.003
-    words = [f"transfer={backbone}", "transfer_steps=2", "copies=1", "workers=0", "batch=8"]
-    counts = augment.run(str(photos / "images"), tmp_path / "out", words)
-    records = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
-    assert counts["files"] == 24 and all(r["transfer_of"] != r["source"] for r in records if r["copy"])
     assert spread(12) == [2, 5, 8, 11] and spread(3) == [0, 1, 2] and spread(5)[-1] == 4
+
+
+@pytest.mark.systems("Style change (Fourier, feature statistics, any image-to-image module)")
+@pytest.mark.parametrize("style", ["style=fourier", "style=statistics", "transfer=NET", f"module={__name__}:Warmer"])
+def test_the_documented_styles(photos: Path, backbone: Path, tmp_path: Path, style: str) -> None:
+    """By the command line; partners come from styles=FOLDER, and every copy is another picture than its original."""
+    words = [style.replace("NET", str(backbone)), "copies=1", "workers=0", "batch=8", "transfer_steps=2"]
+    if not style.startswith("module"):
+        words.append(f"styles={photos / 'images' / 'thing'}")
+    done = CliRunner().invoke(app, ["augment", str(photos / "images"), str(tmp_path / "out"), *words])
+    assert done.exit_code == 0 and "24 files of 12 images" in done.output, done.output
+    for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["copy"]:
+            other = record.get("style_of") or record.get("transfer_of")
+            assert style.startswith("module") or Path(other).parent.name == "thing"
+            before = np.asarray(Image.open(record["source"])).astype(int)
+            after = np.asarray(Image.open(tmp_path / "out" / record["image"]))
+            same = Path(other or "").stem[:-1] == Path(record["source"]).stem[:-1]  # shifted: of the same style
+            assert same or np.abs(after - before).mean() > 0.5
+
+
+@pytest.mark.systems("Rotate, translate, fill modes, Gaussian and salt-and-pepper noise")
+def test_the_documented_keys_of_training(photos: Path, tmp_path: Path) -> None:
+    """Two steps of a tiny run in which every image is moved and noisy; the picture of its views is there."""
+    keys = ["rotate=15", "translate=0.1", "zoom=[0.9,1.1]", "shear=5", "fill=reflect", "noise=0.5", "salt_pepper=0.5"]
+    words = [
+        "demo",
+        *TINY_RUN,
+        *METHOD_OPTIONS["dino"],
+        *(f"views.global.{key}" for key in keys),
+        "views.local.fill=wrap",
+    ]
+    words += [
+        "views.local.rotate=30",
+        "backbone.in_chans=3",
+        "data.mean=null",
+        "data.std=null",
+        "steps=2",
+        "report=false",
+    ]
+    words += ["method=dino", f"data={photos / 'images'}", "precision=fp32", "--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(app, ["train", *words])
+    assert done.exit_code == 0 and "done: 2 steps" in done.output, done.output
+    assert (tmp_path / "run" / "pictures" / "augmentations.png").is_file()
