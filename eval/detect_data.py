@@ -40,7 +40,7 @@ class Picture:
     labels: np.ndarray
     """int64 [N]: class numbers from 0."""
     ignored: np.ndarray
-    """bool [N]: crowds and difficult objects, neither trained nor counted."""
+    """bool [N]: crowds and difficult objects: background in training, and not counted."""
     areas: np.ndarray
     """float32 [N]: of the objects, as the file says, else of the boxes."""
 

@@ -1,7 +1,8 @@
 """The files that boxes come in, read as they are; `detect_data` checks what they say.
 
 coco   one .json file of instances: images, annotations, categories, whose ids may have gaps; boxes x, y, width, height in pixels.
-       A crowd (iscrowd) is neither trained nor counted, as in COCO's own figures; `area` says which objects are small
+       A crowd (iscrowd) is no object to train on, its place being background there, and is not counted, as in COCO's own figures;
+       `area` says which objects are small
 voc    a folder of .xml files: Pascal VOC's annotations. Boxes are whole pixels, both corners inside, the first pixel being 1 (see
        `voc_origin`). A difficult object is treated as a crowd
 yolo   a folder of .txt files, one an image: class number, centre x, centre y, width, height a line, in parts of the image. Names

@@ -16,6 +16,7 @@ from selfsup.eval.detect_heads import box_loss, centerness, dense_losses, scores
 from selfsup.eval.detect_models import create_detector
 from selfsup.eval.detect_train import as_images, named_parameters, steps_of
 from selfsup.eval.settings import resolve
+from selfsup.eval.targets import Target
 from selfsup.losses import boxes as loss
 from selfsup.optim import parameter_groups
 from tests.eval import detection, segmentation
@@ -59,7 +60,7 @@ def test_overfits_eight_images(data: Path, conv: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("kind", "more"),
     [
-        ("vit", ["detector=fcos", "loss=ciou", "trunk=finetune"]),
+        ("vit", ["detector=fcos", "loss=ciou", "trunk=finetune", "workers=1"]),
         ("conv", ["detector=fcos", "confidence=iou", "loss=smooth_l1", "precision=bf16"]),
         ("conv", ["detector=retinanet", "confidence=iou", "loss=diou", "anchor=2"]),
         ("vit", ["detector=retinanet", "confidence=varifocal", "loss=iou"]),
@@ -178,6 +179,18 @@ def test_an_image_does_not_depend_on_its_neighbours():
         alone, both = model([one])[0], model([one, other])[0]
     assert len(alone["boxes"]) > 10 and torch.allclose(alone["boxes"][:10], both["boxes"][:10], atol=1e-3)
     assert alone["boxes"][:, 2].max() <= 80 and alone["boxes"][:, 3].max() <= 64
+
+
+def test_a_backbone_of_one_size():
+    net = segmentation.backbone(**{**segmentation.VIT, "dynamic_img_size": False})
+    target = Target("x", "backbone", net, "", torch.device("cpu"))
+    settings = resolve("detect", ["detector=fcos", "size=36", "width=32", "threshold=0.0"]).complete()
+    assert net.fixed_size and detect.sides(target, settings) == (36, 48, 48)
+    assert len(create_detector(net, 2, 48, settings).eval()([torch.rand(3, 36, 44)])[0]["boxes"]) > 0
+    with pytest.raises(UserError, match="takes 48 pixels alone"):
+        detect.sides(target, resolve("detect", ["size=64"]))
+    free = Target("x", "backbone", segmentation.backbone(**segmentation.CONV), "", torch.device("cpu"))
+    assert detect.sides(free, resolve("detect", ["size=50"])) == (50, 83, 96)
 
 
 def test_dense_losses_by_hand():
