@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from selfsup.data.arrays import BadImage, Limits
-from selfsup.errors import UserError
 
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _ORIENTATION = 274
@@ -49,7 +48,7 @@ def read_png(data: bytes) -> np.ndarray:
     try:
         from torchvision.io import ImageReadMode, decode_image
     except ImportError:
-        raise UserError("data: 16-bit colour PNG files need imagecodecs: pip install 'selfsup[wide]'") from None
+        raise BadImage("16-bit colour PNG files need imagecodecs: pip install 'selfsup[wide]'") from None
     import torch
 
     with warnings.catch_warnings():
@@ -59,7 +58,7 @@ def read_png(data: bytes) -> np.ndarray:
 
 
 def open_tiff(data: bytes) -> Any:
-    """tifffile's `TiffFile`. Raises UserError without it, and what tifffile raises for what is none."""
+    """tifffile's `TiffFile`. Raises BadImage without it, and what tifffile raises for what is none."""
     tifffile = _needed("tifffile", "TIFF files of many bands or of 16-bit colour")
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file is said once, with its name
     return tifffile.TiffFile(io.BytesIO(data))
@@ -173,4 +172,4 @@ def _needed(name: str, what: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UserError(f"data: {what} need {name}: pip install 'selfsup[wide]'") from None
+        raise BadImage(f"{what} need {name}: pip install 'selfsup[wide]'") from None

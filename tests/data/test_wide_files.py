@@ -1,8 +1,10 @@
 """Images of more than 8 bits or four channels: what is stored comes out, at the depth and range that were asked for."""
 
 import copy
+import importlib.util
 import io
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -242,3 +244,19 @@ def test_stacks_that_are_none(tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             open_source(str(tmp_path / f"{name}.npy"), channels=1)
+
+
+def test_without_the_extra(deep, monkeypatch):
+    """What needs a package names it, as the reason for which that file is left out; 16-bit PNG falls back on torchvision."""
+    bands = np.concatenate([deep] * 5, axis=2)
+    for name in ("tifffile", "pydicom", "imagecodecs"):
+        monkeypatch.setitem(sys.modules, name, None)
+    stored = tiff(bands, planarconfig="contig")
+    with pytest.raises(BadImage, match=r"need tifffile: pip install 'selfsup\[wide\]'"):
+        decode(stored, 15)
+    with pytest.raises(BadImage, match="need pydicom"):
+        decode(bytes(128) + b"DICM" + bytes(50), 1)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert (decode(png16(deep), 3, depth=16) == deep).all()
+    with pytest.raises(BadImage):
+        decode(png16(deep)[:2000], 3, depth=16)
