@@ -61,7 +61,8 @@ def scenes(part: str, count: int, size: int = 96, seed: int = 0, most: int = 3) 
 
 def write_coco(path: Path, names: Sequence[str], rows: Sequence[Scene]) -> None:
     """boxes.json: the file of `instances`."""
-    images, annotations = [], []
+    images: list[dict[str, object]] = []
+    annotations: list[dict[str, object]] = []
     for i, (name, (pixels, boxes, kinds)) in enumerate(zip(names, rows)):
         images.append({"id": 100 + i, "file_name": name, "height": pixels.shape[0], "width": pixels.shape[1]})
         for (x1, y1, x2, y2), kind in zip(boxes.tolist(), kinds.tolist()):

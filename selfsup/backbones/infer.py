@@ -40,12 +40,12 @@ def infer(state: dict[str, Tensor], options: dict[str, Any]) -> tuple[str, dict[
     if "layer1.0.conv1.weight" in state and "conv1.weight" in state:
         return _resnet(state, options)
     if mit.is_pvt(state):
-        name, found = mit.infer(state)
-        if name is None:
+        known, found = mit.infer(state)
+        if known is None:
             raise UserError(
                 "a PVT v2 or MiT of other depths or widths than those published; give name=, depths=, embed_dims="
             )
-        return name, found
+        return known, found
     raise UserError(
         f"the architecture cannot be told from the keys ({', '.join(list(state)[:3])}, ...); give name=TIMM_NAME"
     )

@@ -59,7 +59,7 @@ def to_levels(array: np.ndarray, value_range: ValueRange | None = None, depth: i
     """
     high, kind = top(depth), TYPES[depth]
     if array.dtype == np.bool_:
-        return np.ascontiguousarray(array).astype(kind) * kind(high)
+        return np.where(np.ascontiguousarray(array), high, 0).astype(kind)
     if array.dtype.kind not in "uif":
         raise BadImage(f"array of type {array.dtype}; an image is uint8, uint16 or float")
     if not array.dtype.isnative:

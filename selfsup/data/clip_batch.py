@@ -49,7 +49,13 @@ class ClipBatchMaker(BatchMaker):
         return Clip(dict(zip(wanted, map(prepare, video.frames(wanted)), strict=True)), chosen)
 
     def _crop(
-        self, images: list[Any], epochs: np.ndarray, ids: np.ndarray, crops: list[np.ndarray], params: list[np.ndarray]
+        self,
+        images: list[Any],
+        epochs: np.ndarray,
+        ids: np.ndarray,
+        crops: list[np.ndarray],
+        params: list[np.ndarray],
+        bad: list[tuple[str, str]],
     ) -> None:
         """Fill crops [V, b, T*C, S, S] and params [V, b, P] of each resolution."""
         sizes = np.array([pixel_size(next(iter(clip.pictures.values()))) for clip in images])
