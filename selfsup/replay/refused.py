@@ -253,7 +253,7 @@ def _micro(tensors: Mapping[str, Tensor], prefix: str, config: Config) -> Batch:
         if not fits or shape[1:3] != (count, config.backbone.in_chans) or crop.dtype not in (torch.uint8, torch.uint16):
             raise ValueError(
                 f"{name} is {crop.dtype} {list(shape)}; "
-                f"uint8 or uint16 [views, {count}, {config.backbone.in_chans}, size, size] is expected"
+                f"uint8 [views, {count}, {config.backbone.in_chans}, size, size] is expected, or uint16"
             )
         _check_params(drawn, f"{prefix}params.{len(crops)}", shape)
         crops.append(crop)
