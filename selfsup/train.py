@@ -313,8 +313,11 @@ def _look(run: Run, recorder: Recorder, watch: Watchdog, evaluations: Evaluation
 
 
 def _to_device(batch: Batch, run: Run) -> ViewBatch:
+    channels = run.config.backbone.in_chans  # of an image, or of a frame
     images = [
-        photometric.apply(crops, params, run.config.mean, run.config.std, run.device, run.dtype)
+        photometric.apply(
+            crops, params, run.config.mean, run.config.std, run.device, run.dtype, crops.shape[2] // channels
+        )
         for crops, params in zip(batch.crops, batch.params)
     ]
     move: Mapping[str, Any] = {"device": run.device, "non_blocking": True}

@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from selfsup.backbones.backbone import Backbone, Size, _pair
+from selfsup.backbones.volumes import BARE_TIMM, VolumeBackbone
 from selfsup.errors import UserError
 
 # Options that act in training only: an exported backbone is the same with and without them.
@@ -137,7 +138,7 @@ def folder_config(backbone: Backbone, classes: int = 0) -> dict[str, Any]:
     size = list(backbone.image_size)
     args = {k: v for k, v in backbone.options.items() if k not in _TRAINING_ONLY and v is not None}
     args["in_chans"] = backbone.in_chans
-    config = {
+    config: dict[str, Any] = {
         "architecture": backbone.name.partition(".")[0],
         "num_classes": classes,
         "num_features": backbone.embed_dim,
@@ -156,6 +157,8 @@ def folder_config(backbone: Backbone, classes: int = 0) -> dict[str, Any]:
         },
         "selfsup": {"pos_interp": backbone.pos_interp},
     }
+    if isinstance(backbone, VolumeBackbone):
+        config["selfsup"]["note"] = BARE_TIMM
     try:
         return json.loads(json.dumps(config))
     except TypeError as error:
@@ -179,8 +182,14 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def noise(backbone: Backbone, size: Size | None, batch: int) -> Tensor:
-    """Images [batch, C, h, w] of normal noise, always the same; size: default `backbone.image_size`."""
+    """Images [batch, C, h, w] of normal noise, always the same; size: default `backbone.image_size`.
+
+    Volumes are [batch, C, D, h, w] of the size the backbone was built for.
+    """
     h, w = _pair(size or backbone.image_size)
+    if isinstance(backbone, VolumeBackbone):
+        shape = (batch, backbone.in_chans, *backbone.volume_size)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return torch.randn(batch, backbone.in_chans, h, w, generator=torch.Generator().manual_seed(0))
 
 

@@ -11,6 +11,7 @@ class Features(NamedTuple):
     pooled: [B, D], what bare timm's `model(images)` gives. cls: [B, D], or None without a CLS token.
     registers: [B, R, D], R may be 0. patches: [B, D', h, w]; D' = D but for the few nets with a wider layer after the
     pooling (MobileNet's). A distillation token (DeiT) is part of `pooled` alone.
+    Of B volumes (`VolumeBackbone`): patches [B, D, d, h, w], slices first; pooled and cls are of the whole volume.
     """
 
     pooled: Tensor

@@ -29,6 +29,10 @@ def infer(state: dict[str, Tensor], options: dict[str, Any]) -> tuple[str, dict[
     """
     if "cls_attn_blocks.0.norm1.weight" in state and "patch_embed.proj.0.0.weight" in state:
         return _xcit(state, options)
+    if (kernel := state.get("patch_embed.proj.weight")) is not None and (kernel.ndim == 5 or (kernel.ndim == 2)):
+        raise UserError(
+            "weights of a model of volumes do not tell its patches and grid; give the folder with config.json"
+        )
     if {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"} <= state.keys():
         return _vit(state, options)
     if "layer1.0.conv1.weight" in state and "conv1.weight" in state:

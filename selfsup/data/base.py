@@ -50,6 +50,11 @@ class Source(ABC):
         return None
 
     @property
+    def frame_channels(self) -> int:
+        """Values a pixel of an image; sources of clips give several frames as one image of more channels."""
+        return self.channels
+
+    @property
     def labels_at_hand(self) -> bool:
         """Whether `labels` is known without reading the images."""
         return True

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ class BatchMaker:
         self.source, self.seed, self.split, self.repeat, self.copies = source, seed, split, repeat, copies
         self.groups = resolutions(views)
         self.order = Order(len(source), seed)
-        self.policies = {v.number: Policy(v, source.channels) for v in views if v.crops.policy != "none"}
+        self.policies = {v.number: Policy(v, source.frame_channels) for v in views if v.crops.policy != "none"}
         self._kept: dict[int, Prepared] = {}
 
     def __call__(self, step: int, micro: int) -> Batch:
@@ -95,26 +96,25 @@ class BatchMaker:
         epochs = epochs * self.copies + copy  # what the augmentation is drawn for
         if self.repeat is not None:
             epochs = epochs % self.repeat
-        channels, count = self.source.channels, len(ids)
-        crops = [np.empty((len(g), count, g[0].size, g[0].size, channels), np.uint8) for g in self.groups]
+        count = len(ids)
+        crops = [self._buffer(g, count) for g in self.groups]
         params = [np.empty((len(g), count, P), np.float32) for g in self.groups]
         labels = np.full(count, -1, np.int64)
         bad: list[tuple[str, str]] = []
         known = self.source.labels
-        images: list[Prepared] = []
+        images: list[Any] = []
         start = pixels = 0
         for b, asked in enumerate(ids.tolist()):
-            image, found = self._read(asked, bad)
+            image, found = self._read(asked, int(epochs[b]), bad)
             images.append(image)
             labels[b] = -1 if known is None else known[found]
-            height, width = pixel_size(image)
-            pixels += height * width
+            pixels += self._area(image)
             if pixels >= _PIXELS_AT_ONCE or b == count - 1:
                 rows = slice(start, b + 1)
                 self._crop(images, epochs[rows], ids[rows], [c[:, rows] for c in crops], [p[:, rows] for p in params])
                 images, start, pixels = [], b + 1, 0
         return Batch(
-            crops=[torch.from_numpy(c).permute(0, 1, 4, 2, 3) for c in crops],  # [V,B,S,S,C] -> [V,B,C,S,S], no copy
+            crops=[self._tensor(c) for c in crops],
             params=[torch.from_numpy(p) for p in params],
             ids=torch.from_numpy(ids),
             positions=torch.from_numpy(positions),
@@ -123,13 +123,26 @@ class BatchMaker:
             draws=torch.from_numpy(epochs),
         )
 
-    def _read(self, asked: int, bad: list[tuple[str, str]]) -> tuple[Prepared, int]:
+    def _buffer(self, views: Sequence[View], count: int) -> np.ndarray:
+        """What crops of one resolution are put into: [V,B,S,S,C]."""
+        return np.empty((len(views), count, views[0].size, views[0].size, self.source.channels), np.uint8)
+
+    def _tensor(self, crops: np.ndarray) -> Tensor:
+        """[V,B,S,S,C] -> [V,B,C,S,S], no copy."""
+        return torch.from_numpy(crops).permute(0, 1, 4, 2, 3)
+
+    def _area(self, image: Any) -> int:
+        """Pixels that it keeps in memory."""
+        height, width = pixel_size(image)
+        return height * width
+
+    def _read(self, asked: int, epoch: int, bad: list[tuple[str, str]]) -> tuple[Any, int]:
         """The image asked for, or the next one that can be read, and its number."""
         n = len(self.source)
         for i in range(min(n, _PROBES)):
             found = (asked + i) % n
             try:
-                return self._decoded(found), found
+                return self._decoded(found, asked, epoch), found
             except BadImage as error:
                 bad.append((self.source.name(found), str(error)))
         name, reason = bad[-1]
@@ -137,8 +150,8 @@ class BatchMaker:
             f"data: {min(n, _PROBES)} images in a row cannot be read; the last is {one_line(name)}: {reason}"
         )
 
-    def _decoded(self, i: int) -> Prepared:
-        """Image i; decoded images of a small set of small images are kept."""
+    def _decoded(self, i: int, asked: int, epoch: int) -> Any:
+        """Image i, in place of the one asked for, for an epoch's augmentation; of a small set of small images they are kept."""
         if (kept := self._kept.get(i)) is not None:
             return kept
         image = prepare(self.source.read(i))

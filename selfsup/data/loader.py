@@ -47,7 +47,8 @@ class Loader:
                 f"data holds {len(source)} images, fewer than global_batch={global_batch}; "
                 f"add images or give global_batch={len(source)} or less"
             )
-        self.make = BatchMaker(source, views, seed, Split(global_batch, accumulate, rank, world), repeat, copies)
+        maker = _maker(source)
+        self.make = maker(source, views, seed, Split(global_batch, accumulate, rank, world), repeat, copies)
         self.seed, self.accumulate, self.workers, self.pin, self.prefetch = seed, accumulate, workers, pin, prefetch
         self.say = say
         self.wait_seconds = 0.0
@@ -72,6 +73,15 @@ class Loader:
                 yield step
         finally:
             batches.close()
+
+
+def _maker(source: Source) -> type[BatchMaker]:
+    """Of images, or of volumes where the source has them."""
+    if not hasattr(source, "volume"):
+        return BatchMaker
+    from selfsup.data.volume_batch import VolumeBatchMaker
+
+    return VolumeBatchMaker
 
 
 class _Calls(Dataset[Any]):

@@ -35,11 +35,17 @@ def apply(
     std: Sequence[float],
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
+    frames: int = 1,
 ) -> Tensor:
     """uint8 crops [V,B,C,S,S] and their parameters [V,B,P] (on the CPU) -> normalised images [V,B,C,S,S] on `device`.
 
-    mean, std: C numbers, of values in [0, 1]. The device is never waited for.
+    mean, std: C numbers, of values in [0, 1]. The device is never waited for. frames: of clips [V,B,T*C,S,S], frame after
+    frame: the parameters are those of every frame, and none sees another.
     """
+    if frames > 1:
+        apart = crops.unflatten(2, (frames, -1)).flatten(1, 2)  # [V,B*T,C,S,S]
+        out = apply(apart, params.repeat_interleave(frames, dim=1), mean, std, device, dtype)
+        return out.view(*crops.shape)
     views, batch, channels, height, width = crops.shape
     if params.shape != (views, batch, P) or params.device.type != "cpu":
         raise ValueError(

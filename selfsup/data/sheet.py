@@ -58,6 +58,8 @@ def sheet(
             _paste(out, image.convert("RGB"), row, column, cell, min(cell / image.width, cell / image.height))
         column += 1
     for crops, params, group in zip(batch.crops, batch.params, groups):
+        middle = crops.shape[2] // len(mean) // 2 * len(mean)  # of volumes, slice after slice, the middle one
+        crops = crops[:, :, middle : middle + len(mean)]
         views = photometric.apply(crops[:, :count], params[:, :count], mean, std, "cpu")  # [V, n, C, S, S]
         for view, rows in zip(group, views):
             _write(pen, font, column, cell, f"{view.name}, {view.size} px")

@@ -205,7 +205,9 @@ def _views(refused: Refused, micro: int, config: Config, device: torch.device) -
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     return ViewBatch(
         images=[
-            photometric.apply(crops, params, config.mean, config.std, device, dtype)
+            photometric.apply(
+                crops, params, config.mean, config.std, device, dtype, crops.shape[2] // config.backbone.in_chans
+            )
             for crops, params in zip(batch.crops, batch.params)
         ],
         positions=batch.positions.to(device),
