@@ -12,6 +12,7 @@ from selfsup.errors import UserError
 
 from .many import Many
 from .segment_settings import SegmentSettings
+from .volume_settings import Segment3dSettings
 
 Pooling = Literal["pooled", "cls", "patchmean", "cls+patchmean"]
 """pooled: what the backbone itself returns; cls: the class token; patchmean: mean over patches or map cells; both."""
@@ -175,6 +176,7 @@ VERBS: dict[str, type[Section]] = {
     "finetune": FinetuneSettings,
     "exits": ExitsSettings,
     "segment": SegmentSettings,
+    "segment3d": Segment3dSettings,
 }
 
 

@@ -22,6 +22,8 @@ EVALUATIONS = {
     "finetune": "the whole backbone trained with labels, then the same figures",
     "segment": "a segmentation head trained on masks=FOLDER (head=linear, multilayer, mlp, upernet or unetr; trunk=frozen or "
     "finetune): mIoU, Dice, boundary IoU at the masks' own size, and a sheet of pictures",
+    "segment3d": "UNETR trained on volumes with masks (data=VOLUMES masks=MASKS; trunk=frozen or finetune): Dice of each class, "
+    "and a sheet of slices; NIfTI or .npy",
     "attention": "picture: where each head of a ViT looks",
     "pca": "picture: patch features as colours, one PCA over all images",
     "tsne": "picture: a map of embeddings with thumbnails",

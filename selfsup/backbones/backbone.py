@@ -191,7 +191,7 @@ class Backbone(nn.Module):
         """A batch with all its axes apart: of images, themselves."""
         return images
 
-    def check_size(self, size: Size) -> None:
+    def check_size(self, size: Size | tuple[int, int, int]) -> None:
         """Raise UserError if images of `size` (pixels, or (height, width)) cannot be taken; says which can."""
         h, w = _pair(size)
         if min(h, w) < 1:

@@ -82,7 +82,7 @@ class ViT3d(VisionTransformer):
     def _pos_embed(self, x: Tensor) -> Tensor:
         """[B, d, h, w, E] patches -> [B, prefix + d*h*w, E] tokens with positions."""
         grid, x = (x.shape[1], x.shape[2], x.shape[3]), x.flatten(1, 3)  # [B, d*h*w, E]
-        first = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        first = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         if self.pos_embed is None:
             return self.pos_drop(torch.cat([*first, x], dim=1))
         prefix = 0 if self.no_embed_class else self.num_prefix_tokens

@@ -52,7 +52,10 @@ class VolumeBackbone(Backbone):
 
     def check_size(self, size: Any) -> None:
         """Raise UserError if volumes of `size` (voxels a side, or (depth, height, width)) cannot be taken."""
-        sides = triple(size)
+        try:
+            sides = triple(size)
+        except ValueError as error:
+            raise UserError(f"size {error}: {self.name} takes volumes") from None
         if any(s % p for s, p in zip(sides, self.patch_shape)):
             works = [max(1, math.ceil(s / p)) * p for s, p in zip(sides, self.patch_shape)]
             raise UserError(
@@ -80,7 +83,7 @@ class VolumeBackbone(Backbone):
 
     def _split(self, out: Any, pooled: Tensor, images: Tensor) -> Features:
         prefix, registers = self.model.num_prefix_tokens, self.model.num_reg_tokens
-        patches = out[:, prefix:].transpose(1, 2).unflatten(2, self.grid_of(images))  # type: ignore[index]  # [B, D', d, h, w]
+        patches = out[:, prefix:].transpose(1, 2).unflatten(2, self.grid_of(images))  # [B, D', d, h, w]
         cls = out[:, 0] if self._has_cls() else None
         return Features(pooled, cls, out[:, prefix - registers : prefix], patches)  # type: ignore[operator]
 

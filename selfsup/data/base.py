@@ -19,7 +19,8 @@ from selfsup.wording import printable
 T = TypeVar("T")
 
 _TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO, errno.ECONNRESET)
-_SYSTEM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+SYSTEM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Of an exhausted system, which says nothing about a file."""
 _PAUSES = (0.2, 1.0, 3.0)
 
 
@@ -128,7 +129,7 @@ def retried(function: Callable[[], T]) -> T:
         try:
             return function()
         except OSError as error:
-            if error.errno in _SYSTEM:
+            if error.errno in SYSTEM:
                 raise
             if error.errno not in _TRANSIENT or pause is None:
                 raise BadImage(f"cannot be read: {error.strerror or error}") from None

@@ -151,7 +151,10 @@ class BatchMaker:
         )
 
     def _decoded(self, i: int, asked: int, epoch: int) -> Any:
-        """Image i, in place of the one asked for, for an epoch's augmentation; of a small set of small images they are kept."""
+        """Image i, in place of the one asked for, for the augmentation of an epoch.
+
+        Decoded images of a small set of small images are kept.
+        """
         if (kept := self._kept.get(i)) is not None:
             return kept
         image = prepare(self.source.read(i))

@@ -47,7 +47,7 @@ class Loader:
                 f"data holds {len(source)} images, fewer than global_batch={global_batch}; "
                 f"add images or give global_batch={len(source)} or less"
             )
-        maker = _maker(source)
+        maker = maker_of(source)
         self.make = maker(source, views, seed, Split(global_batch, accumulate, rank, world), repeat, copies)
         self.seed, self.accumulate, self.workers, self.pin, self.prefetch = seed, accumulate, workers, pin, prefetch
         self.say = say
@@ -75,7 +75,7 @@ class Loader:
             batches.close()
 
 
-def _maker(source: Source) -> type[BatchMaker]:
+def maker_of(source: Source) -> type[BatchMaker]:
     """Of images, or of volumes where the source has them."""
     if not hasattr(source, "volume"):
         return BatchMaker

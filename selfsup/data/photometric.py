@@ -45,7 +45,7 @@ def apply(
     if frames > 1:
         apart = crops.unflatten(2, (frames, -1)).flatten(1, 2)  # [V,B*T,C,S,S]
         out = apply(apart, params.repeat_interleave(frames, dim=1), mean, std, device, dtype)
-        return out.view(*crops.shape)
+        return out.reshape(crops.shape)
     views, batch, channels, height, width = crops.shape
     if params.shape != (views, batch, P) or params.device.type != "cpu":
         raise ValueError(

@@ -18,6 +18,9 @@ _SIDE = 112
 
 _GAP, _HEAD = 4, 16
 
+_FRAMES = 4
+"""Of a clip, on the sheet."""
+
 
 def write_sheet(path: Path, drawn: Image.Image) -> Path:
     """As a PNG file, whole or not at all; equal sheets are equal files."""
@@ -48,7 +51,10 @@ def sheet(
     largest = max(view.size for group in groups for view in group)
     scale = max(1, round(_SIDE / largest)) if largest <= _SIDE else _SIDE / largest
     cell = round(largest * scale)
-    columns = len([view for group in groups for view in group]) + bool(originals)
+    shown: list[tuple[str, Tensor]] = []
+    for group, crops, params in zip(groups, batch.crops, batch.params):
+        shown += _columns(group, crops[:, :count], params[:, :count], mean, std)
+    columns = len(shown) + bool(originals)
     out = Image.new("RGB", (columns * (cell + _GAP) + _GAP, count * (cell + _GAP) + _GAP + _HEAD), "white")
     pen, font = ImageDraw.Draw(out), ImageFont.load_default()
     column = 0
@@ -57,16 +63,29 @@ def sheet(
         for row, image in enumerate(originals[:count]):
             _paste(out, image.convert("RGB"), row, column, cell, min(cell / image.width, cell / image.height))
         column += 1
-    for crops, params, group in zip(batch.crops, batch.params, groups):
-        middle = crops.shape[2] // len(mean) // 2 * len(mean)  # of volumes, slice after slice, the middle one
-        crops = crops[:, :, middle : middle + len(mean)]
-        views = photometric.apply(crops[:, :count], params[:, :count], mean, std, "cpu")  # [V, n, C, S, S]
-        for view, rows in zip(group, views):
-            _write(pen, font, column, cell, f"{view.name}, {view.size} px")
-            for row, pixels in enumerate(_levels(rows, mean, std)):
-                _paste(out, Image.fromarray(pixels), row, column, cell, scale)
-            column += 1
+    for title, rows in shown:
+        _write(pen, font, column, cell, title)
+        for row, pixels in enumerate(_levels(rows, mean, std)):
+            _paste(out, Image.fromarray(pixels), row, column, cell, scale)
+        column += 1
     return out
+
+
+def _columns(
+    group: Sequence[View], crops: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float]
+) -> list[tuple[str, Tensor]]:
+    """A title and images [n, C, S, S] for each view of a resolution; of clips for some of their frames, in order."""
+    frames = crops.shape[2] // len(mean)
+    views = photometric.apply(crops, params, mean, std, "cpu", frames=frames)  # [V, n, T*C, S, S]
+    if frames == 1:
+        return [(f"{view.name}, {view.size} px", rows) for view, rows in zip(group, views)]
+    few = np.unique(np.linspace(0, frames - 1, min(frames, _FRAMES)).round().astype(int)).tolist()
+    channels = len(mean)
+    return [
+        (f"{view.name}, frame {f}", rows[:, f * channels : (f + 1) * channels])
+        for view, rows in zip(group, views)
+        for f in few
+    ]
 
 
 def _levels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

@@ -63,7 +63,7 @@ class VolumeBatchMaker(BatchMaker):
                 for b, volume in enumerate(images):
                     made = cut(volume, starts[b], sides[b], shape_of(view))
                     flips = [axis for axis, flip in ((1, deep[b]), (2, rows[v, b, 5]), (3, rows[v, b, 4])) if flip]
-                    made = np.flip(made, flips) if flips else made
+                    made = np.flip(made, tuple(flips)) if flips else made
                     out[v, b] = made.transpose(1, 0, 2, 3).reshape(out[v, b].shape)  # [C, D, S, S] -> [D*C, S, S]
 
 
