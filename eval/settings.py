@@ -13,6 +13,7 @@ from selfsup.errors import UserError
 from .detect_settings import DetectSettings
 from .many import Many
 from .segment_settings import SegmentSettings
+from .volume_settings import Segment3dSettings
 
 Pooling = Literal["pooled", "cls", "patchmean", "cls+patchmean"]
 """pooled: what the backbone itself returns; cls: the class token; patchmean: mean over patches or map cells; both."""
@@ -184,6 +185,7 @@ VERBS: dict[str, type[Section]] = {
     "exits": ExitsSettings,
     "segment": SegmentSettings,
     "detect": DetectSettings,
+    "segment3d": Segment3dSettings,
 }
 
 

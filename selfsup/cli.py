@@ -176,9 +176,10 @@ def export(
             typer.echo(f'{out}: selfsup.load_backbone("{out}"); bare timm cannot load it: {why}')
             return
         difference = exporting.timm_difference(backbone, out)
-        typer.echo(
-            f'{out}: timm.create_model("local-dir:{out}", pretrained=True); largest difference to ours {difference:g}'
-        )
+        call = f'timm.create_model("local-dir:{out}", pretrained=True)'
+        if backbone.name.startswith("vit3d"):
+            call = f'selfsup.load_backbone("{out}") (of volumes: bare timm does not know it)'
+        typer.echo(f"{out}: {call}; largest difference to ours {difference:g}")
     else:
         from selfsup.backbones.program import export_program
 

@@ -23,6 +23,8 @@ EVALUATIONS = {
     "segment": "a segmentation head trained on masks=FOLDER (head=linear, multilayer, mlp, upernet or unetr; trunk=frozen or "
     "finetune): mIoU, Dice, boundary IoU at the masks' own size, a sheet of pictures, and the model in RUN/eval/segment; that "
     "folder as TARGET is measured without training, or writes masks: predictions=OUT",
+    "segment3d": "UNETR trained on volumes with masks (data=VOLUMES masks=MASKS; trunk=frozen or finetune): Dice of each class, "
+    "and a sheet of slices; NIfTI or .npy",
     "detect": "a detector trained on boxes=FILE|FOLDER (COCO, VOC or YOLO; detector=fcos, retinanet or fasterrcnn; "
     "loss=smooth_l1, iou, giou, diou or ciou; trunk=frozen or finetune): mAP, mAP50, mAP75, each class, and a sheet of pictures",
     "attention": "picture: where each head of a ViT looks",

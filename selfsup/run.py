@@ -23,6 +23,7 @@ from selfsup.data.mixing import Mixer
 from selfsup.data.modules import modules_of
 from selfsup.data.sources import Source, open_source, wrap_dataset
 from selfsup.data.views import View
+from selfsup.data.volumes import open_volumes
 from selfsup.early_stopping import EarlyStopping
 from selfsup.errors import UserError
 from selfsup.health import CollapseMonitor
@@ -121,6 +122,8 @@ class Run:
         Mixer(config.mix, config.seed, config.global_batch).check(config.global_batch // (config.accumulate * world))
         if dataset is not None:
             source = wrap_dataset(dataset, channels=channels, config=config.data)
+        elif config.volumes:
+            source = open_volumes(config.data.path, channels=channels, config=config.data)
         else:
             source = open_source(config.data.path, channels=channels, config=config.data)
         config = _count_classes(config, source)

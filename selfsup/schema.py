@@ -106,6 +106,12 @@ class DataConfig(Section):
     """From one frame of a clip to the next; a video that is too short lowers it."""
     clips: Positive = 1
     """Of each video, evenly spaced, in evaluations of features, which average them; 1: the middle one."""
+    percentiles: Range = (0.5, 99.5)
+    """Of volumes without value_range: levels begin and end at these percentiles of each volume and channel."""
+    channel: Annotated[int, Field(ge=0)] | None = None
+    """Of volumes with a fourth axis: this entry of it, as a volume of one channel."""
+    spacing: tuple[float, float, float] | None = None
+    """Of volumes in NIfTI files: resampled to so many millimetres a voxel (depth, height, width); null: as they are."""
     max_pixels: Positive = 100_000_000
     """Images with more pixels are refused before decoding."""
     max_bad_fraction: Probability = 0.05
@@ -129,7 +135,15 @@ class Crops(Section):
     """Of a clip of this kind of views; null: data.frames. Local clips may be shorter in time as well as in space."""
     stride: Positive | None = None
     """From one frame to the next; null: data.stride."""
+    slices: Positive | None = None
+    """Of a crop of volumes; null: as many as `size`."""
+    extent: Range | None = None
+    """Of volumes: a crop covers so many times its own voxels along each axis, whatever scale and ratio are, and [1, 1] cuts it
+    without resampling; null: scale and ratio, as parts of the volume."""
+    dflip: Probability = 0.0
+    """Of volumes: flips along the depth."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    """Of images; volumes are resampled trilinearly."""
     hflip: Probability = 0.5
     vflip: Probability = 0.0
     jitter: Probability | tuple[Probability, ...] = 0.8
@@ -202,8 +216,8 @@ class Crops(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Crops":
-        for key in ("scale", "ratio", "blur_sigma", "erase_area", "erase_ratio", "zoom", "fourier_beta"):
-            low, high = getattr(self, key)
+        for key in ("scale", "ratio", "blur_sigma", "erase_area", "erase_ratio", "zoom", "fourier_beta", "extent"):
+            low, high = getattr(self, key) or (1, 1)
             if not 0 < low <= high:
                 raise ValueError(f"{key} must be two numbers, 0 < low <= high; seen ({low}, {high})")
         for key in ("scale", "erase_area"):
@@ -229,6 +243,11 @@ class Crops(Section):
         """The largest probability `key` of any view."""
         value = getattr(self, key)
         return max(value) if isinstance(value, tuple) else value
+
+    @property
+    def shape(self) -> int | tuple[int, int, int]:
+        """`size`, or of volumes (depth, height, width) where the depth is another."""
+        return self.size if self.slices is None else (self.slices, self.size, self.size)
 
     def probability(self, key: str, view: int) -> float:
         """The probability `key` of the view with this index."""
@@ -580,6 +599,8 @@ class Config(Section):
                 raise ValueError(f"views.{kind}.frames and .stride are of clips; give data.frames as well")
             if self.data.frames is not None and crops.style != "none":
                 raise ValueError(f"views.{kind}.style={crops.style} is that of another image; clips have none (data.frames)")
+        if fault := self._volume_fault():
+            raise ValueError(fault)
         for key in ("mean", "std"):
             value = getattr(self.data, key)
             if value is not None and len(value) != self.backbone.in_chans:
@@ -607,6 +628,44 @@ class Config(Section):
         return self
 
     @property
+    def volumes(self) -> bool:
+        """Whether data are volumes: the backbone says it."""
+        return self.backbone.name.startswith("vit3d")
+
+    def _volume_fault(self) -> str:
+        """What is set that does not go together with volumes, or without them; '' if nothing is."""
+        kinds = [(k, c) for k, c in (("global", self.views.global_), ("local", self.views.local)) if c.count]
+        if not self.volumes:
+            given = [f"views.{k}.{key}" for k, c in kinds for key in ("slices", "extent", "dflip") if getattr(c, key)]
+            given += [f"data.{key}" for key in ("channel", "spacing") if getattr(self.data, key) is not None]
+            return f"{', '.join(given)}: of volumes; use backbone=vit3d_small, or leave it out" if given else ""
+        low, high = self.data.percentiles
+        if not 0 <= low < high <= 100:
+            return f"data.percentiles={list(self.data.percentiles)}: two numbers from 0 to 100, the smaller first"
+        if self.data.spacing is not None and min(self.data.spacing) <= 0:
+            return f"data.spacing={list(self.data.spacing)}: millimetres above 0"
+        if self.eval.every:
+            return f"eval.every={self.eval.every}: k-NN is of images; of volumes there is selfsup eval segment3d; leave it out"
+        if self.data.depth != 8 or self.data.frames is not None:
+            return "data.depth=16 and data.frames are not for volumes, which have 8 bits; leave them out"
+        if self.mix.name != "none":
+            return f"mix.name={self.mix.name}: of images; leave it out"
+        refusable = ("grayscale", "blur", "lighting", "erase", "cutout", "noise", "salt_pepper", "rotate", "translate", "shear")
+        refused = []
+        for kind, crops in kinds:
+            keys = [*refusable, *(("contrast", "saturation", "hue") if _any(crops.jitter) else ())]
+            refused += [f"views.{kind}.{key}=0" for key in keys if _any(getattr(crops, key))]
+            refused += [f"views.{kind}.zoom=[1,1]"] if crops.zoom != (1.0, 1.0) else []
+            refused += [f"views.{kind}.{key}=none" for key in ("policy", "style") if getattr(crops, key) != "none"]
+            refused += [f"views.{kind}.module=null"] if crops.module else []
+        if not refused:
+            return ""
+        return (
+            "volumes take crops, flips, jitter of brightness, and solarize; the recipes mae_vit3d and dino_vit3d leave the "
+            f"others out; give {' '.join(refused)}"
+        )
+
+    @property
     def mean(self) -> tuple[float, ...]:
         """Channel means of values in [0, 1]."""
         return self.data.mean or (
@@ -619,6 +678,11 @@ class Config(Section):
         return self.data.std or (
             (0.229, 0.224, 0.225) if self.backbone.in_chans == 3 else (0.25,) * self.backbone.in_chans
         )
+
+
+def _any(value: Any) -> bool:
+    """Whether a probability, or one of several, or a strength, is above 0."""
+    return any(value) if isinstance(value, tuple) else bool(value)
 
 
 def expand_short_forms(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,6 +83,11 @@ class Backbone(nn.Module):
         return self.stride
 
     @property
+    def patch_shape(self) -> tuple[int, ...]:
+        """Sides of a patch in pixels."""
+        return (self.patch_size, self.patch_size)
+
+    @property
     def has_attention(self) -> bool:
         """Whether `attention` works: token models whose attention spans the image."""
         if getattr(self.model, "output_fmt", "NCHW") == "NHWC" or not hasattr(self.model, "num_prefix_tokens"):
@@ -180,7 +185,15 @@ class Backbone(nn.Module):
         """Rows and columns of the patch tokens of an image of `size` (pixels, or (height, width)). ViTs only."""
         return masked.token_grid(self, *_pair(size))
 
-    def check_size(self, size: Size) -> None:
+    def grid_of(self, images: Tensor) -> tuple[int, ...]:
+        """`token_grid` of a batch."""
+        return self.token_grid((images.shape[-2], images.shape[-1]))
+
+    def voxels(self, images: Tensor) -> Tensor:
+        """A batch with all its axes apart: of images, themselves."""
+        return images
+
+    def check_size(self, size: Size | tuple[int, int, int]) -> None:
         """Raise UserError if images of `size` (pixels, or (height, width)) cannot be taken; says which can."""
         h, w = _pair(size)
         if min(h, w) < 1:

@@ -15,6 +15,8 @@ from selfsup.backbones.backbone import Backbone, _pair
 from selfsup.backbones.clips import ClipBackbone
 from selfsup.backbones.positions import PosInterp, set_pos_interp
 from selfsup.backbones.timesformer import TimeSformer
+from selfsup.backbones.vit3d import ViT3d
+from selfsup.backbones.volumes import VolumeBackbone
 from selfsup.backbones.xavier import xavier
 from selfsup.config import BackboneConfig, suggest
 from selfsup.errors import UserError
@@ -75,7 +77,7 @@ def wrap(
             f"backbone.pos_interp={pos_interp}: only plain ViTs can choose; {name} ({type(model).__name__}) takes timm"
         )
     size = options.get("img_size") or input_size or model.pretrained_cfg["input_size"][-2:]  # type: ignore[index]
-    kind = ClipBackbone if isinstance(model, TimeSformer) else Backbone
+    kind = ClipBackbone if isinstance(model, TimeSformer) else VolumeBackbone if isinstance(model, ViT3d) else Backbone
     return kind(model, name=name, options=options, mean=mean, std=std, input_size=_pair(size), pos_interp=pos_interp)
 
 

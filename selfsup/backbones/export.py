@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from selfsup.backbones import mit
 from selfsup.backbones.backbone import Backbone, Size, _pair
+from selfsup.backbones.volumes import BARE_TIMM, VolumeBackbone
 from selfsup.errors import UserError
 
 # Options that act in training only: an exported backbone is the same with and without them.
@@ -170,6 +171,8 @@ def folder_config(backbone: Backbone, classes: int = 0) -> dict[str, Any]:
     }
     if why := only_here(args):
         config["selfsup"]["loads_with"] = f"selfsup.load_backbone alone: {why}"
+    if isinstance(backbone, VolumeBackbone):
+        config["selfsup"]["note"] = BARE_TIMM
     try:
         return json.loads(json.dumps(config))
     except TypeError as error:
@@ -195,12 +198,13 @@ def _write(path: Path, data: bytes) -> None:
 def noise(backbone: Backbone, size: Size | None, batch: int) -> Tensor:
     """Images [batch, C, h, w] of normal noise, always the same; size: default `backbone.image_size`.
 
-    For a backbone of clips [batch, T*C, h, w], with the T that it was built for.
+    For a backbone of clips [batch, T*C, h, w], of volumes [batch, C, D, h, w], with the T or the size that it was built for.
     """
     h, w = _pair(size or backbone.image_size)
-    return torch.randn(
-        batch, backbone.in_chans * getattr(backbone, "frames", 1), h, w, generator=torch.Generator().manual_seed(0)
-    )
+    shape: tuple[int, ...] = (batch, backbone.in_chans * getattr(backbone, "frames", 1), h, w)
+    if isinstance(backbone, VolumeBackbone):
+        shape = (batch, backbone.in_chans, *backbone.volume_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def _on_cpu(backbone: Backbone) -> Backbone:

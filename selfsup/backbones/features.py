@@ -12,6 +12,7 @@ class Features(NamedTuple):
     registers: [B, R, D], R may be 0. patches: [B, D', h, w]; D' = D but for the few nets with a wider layer after the
     pooling (MobileNet's). A distillation token (DeiT) is part of `pooled` alone.
     Of B clips of T frames (`ClipBackbone`): patches [B, D, T, h, w]; pooled and cls are of the whole clip.
+    Of B volumes (`VolumeBackbone`): patches [B, D, d, h, w], slices first; pooled and cls are of the whole volume.
     """
 
     pooled: Tensor

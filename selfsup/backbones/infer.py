@@ -35,6 +35,10 @@ def infer(state: dict[str, Tensor], options: dict[str, Any]) -> tuple[str, dict[
     if "time_embed" in clips and "patch_embed.proj.weight" in clips:
         name, found = infer_timesformer(clips)
         return name, {**found, **options}
+    if (kernel := state.get("patch_embed.proj.weight")) is not None and (kernel.ndim == 5 or (kernel.ndim == 2)):
+        raise UserError(
+            "weights of a model of volumes do not tell its patches and grid; give the folder with config.json"
+        )
     if {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"} <= state.keys():
         return _vit(state, options)
     if "layer1.0.conv1.weight" in state and "conv1.weight" in state:

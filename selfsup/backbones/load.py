@@ -22,6 +22,7 @@ from selfsup.backbones.infer import infer
 from selfsup.backbones.keys import HEADS, Branch, State, convert
 from selfsup.backbones.positions import PosInterp, can_choose, resample_tokens
 from selfsup.backbones.pyramid import Pyramid
+from selfsup.backbones.vit3d import grid_of
 from selfsup.errors import UserError
 from selfsup.wording import one_line
 
@@ -102,7 +103,7 @@ class _Source:
         self.layout, self.state = layout, state
         self.recorded = recorded or {}  # of config.json
         self.run: configuration.Config | None = None
-        self.grid: tuple[int, int] | None = None  # of the position embedding in `state`, where recorded
+        self.grid: tuple[int, ...] | None = None  # of the position embedding in `state`, where recorded
 
     def build(self, name: str | None, given: dict[str, Any], options: dict[str, Any]) -> Backbone:
         if self.run is not None:
@@ -229,6 +230,8 @@ def _open_folder(path: Path) -> _Source:
     if kernel is not None and kernel.ndim == 4:
         h, w = _pair(size)
         source.grid = (h // kernel.shape[2], w // kernel.shape[3])
+    elif recorded["architecture"].startswith("vit3d"):
+        source.grid = grid_of(recorded.get("model_args", {}))
     return source
 
 
@@ -258,8 +261,10 @@ def _fault(recorded: dict[str, Any]) -> str:
     channels, size = (tables["model_args"].get(key, 3) for key in ("in_chans", "img_size"))
     if not _numbers([channels], int) or channels < 1:
         return f"model_args.in_chans is {channels!r}; a number is needed"
-    if not (_numbers([size], int) or (_numbers(size, int) and len(size) == 2)):
-        return f"model_args.img_size is {size!r}; a number or [height, width] is needed"
+    axes = 3 if recorded["architecture"].startswith("vit3d") else 2
+    if not (_numbers([size], int) or (_numbers(size, int) and len(size) == axes)):
+        shape = "[depth, height, width]" if axes == 3 else "[height, width]"
+        return f"model_args.img_size is {size!r}; a number or {shape} is needed"
     return ""
 
 
@@ -334,17 +339,28 @@ def _load(
     return n, m
 
 
-def _adapt(state: State, own: State, backbone: Backbone, grid: tuple[int, int] | None) -> State:
+def _adapt(state: State, own: State, backbone: Backbone, grid: tuple[int, ...] | None) -> State:
     """Position embeddings to the model's grid; other projects' keys through timm's own filter of that model."""
     model = backbone.model
     pos = state.get("pos_embed")
     mine = own.get("pos_embed")
-    if pos is not None and mine is not None and pos.ndim == mine.ndim == 3 and pos.shape != mine.shape:
-        new = tuple(getattr(getattr(model, "patch_embed", None), "grid_size", ()))
+    new = tuple(getattr(getattr(model, "patch_embed", None), "grid_size", ()))
+    if (
+        pos is not None
+        and mine is not None
+        and pos.ndim == mine.ndim == 3
+        and (pos.shape, grid or new) != (mine.shape, new)
+    ):
         prefix = mine.shape[1] - math.prod(new)
-        old = grid or (math.isqrt(max(pos.shape[1] - prefix, 0)),) * 2
-        if len(new) == 2 and prefix >= 0 and pos.shape[2] == mine.shape[2] and math.prod(old) + prefix == pos.shape[1]:
-            state["pos_embed"] = resample_tokens(pos, old, (new[0], new[1]), backbone.pos_interp, prefix)
+        patches = max(pos.shape[1] - prefix, 0)
+        old = grid or ((round(patches ** (1 / 3)),) * 3 if len(new) == 3 else (math.isqrt(patches),) * 2)
+        if (
+            len(new) == len(old)
+            and prefix >= 0
+            and pos.shape[2] == mine.shape[2]
+            and math.prod(old) + prefix == pos.shape[1]
+        ):
+            state["pos_embed"] = resample_tokens(pos, old, new, backbone.pos_interp, prefix)
     converter = _timm_filter(model)
     if converter is not None and _faults(state, own):
         try:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 def check_maskable(backbone: "Backbone", method: str = "this method") -> None:
     """Raise UserError if patches cannot be hidden from this backbone; `method` says who asks."""
     model = backbone.model
+    if len(backbone.patch_shape) == 3 and method not in ("MAE", "this method"):
+        raise UserError(f"backbone.name={backbone.name}: {method} hides blocks of images; of volumes method=mae does")
     if not isinstance(model, VisionTransformer):
         kind = type(model).__name__
         raise UserError(

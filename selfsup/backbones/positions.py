@@ -55,21 +55,44 @@ def resample_grid(grid: Tensor, size: tuple[int, int], mode: PosInterp, by_matri
 
 
 def resample_tokens(
-    pos: Tensor, old: tuple[int, int], new: tuple[int, int], mode: PosInterp, prefix: int, by_matrix: bool = False
+    pos: Tensor, old: tuple[int, ...], new: tuple[int, ...], mode: PosInterp, prefix: int, by_matrix: bool = False
 ) -> Tensor:
-    """[1, prefix + H*W, D] -> [1, prefix + h*w, D]; the first `prefix` entries (CLS, ...) are kept as they are."""
+    """[1, prefix + H*W, D] -> [1, prefix + h*w, D]; the first `prefix` entries (CLS, ...) are kept as they are.
+
+    Of volumes, where old and new are of three axes, trilinear whatever the mode.
+    """
     if old == new:
         return pos
     grid = pos[:, prefix:].reshape(1, *old, pos.shape[-1])  # [1, H, W, D]
-    grid = resample_grid(grid, new, mode, by_matrix).reshape(1, -1, pos.shape[-1])  # [1, h*w, D]
+    if len(new) == 3:
+        grid = resample_volume(grid, new)
+    else:
+        grid = resample_grid(grid, (new[0], new[1]), mode, by_matrix)
+    grid = grid.reshape(1, -1, pos.shape[-1])  # [1, h*w, D]
     return torch.cat([pos[:, :prefix], grid], dim=1)
 
 
-def sincos_positions(dim: int, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
+def resample_volume(grid: Tensor, size: tuple[int, ...]) -> Tensor:
+    """[1, A, B, C, D] -> [1, a, b, c, D], trilinear by size, as three products: their backward is deterministic."""
+    with torch.autocast(grid.device.type, enabled=False):
+        for axis, new in enumerate(size, 1):
+            old = grid.shape[axis]
+            if old != new:
+                with torch.no_grad():
+                    eye = torch.eye(old, dtype=torch.float64, device=grid.device)[None]
+                    matrix = F.interpolate(eye, size=new, mode="linear", align_corners=False)[0].T.to(grid.dtype)
+                grid = torch.tensordot(matrix, grid, ([1], [axis])).movedim(0, axis)
+    return grid
+
+
+def sincos_positions(dim: int, grid: tuple[int, ...], device: torch.device | None = None) -> Tensor:
     """Fixed positions of a grid (h, w), float64 [h*w, dim]: sines and cosines of the column, then of the row.
 
-    Vaswani et al., 2017, section 3.5, for two axes as in MoCo v3 and MAE; dim is a multiple of 4.
+    Vaswani et al., 2017, section 3.5, for two axes as in MoCo v3 and MAE; dim is a multiple of 4. Of a volume's grid (d, h, w):
+    of the column, the row and the slice, a third each; what dim is more than a multiple of 6 stays zero.
     """
+    if len(grid) == 3:
+        return _sincos_volume(dim, grid, device)
     if dim % 4:
         raise UserError(f"fixed positions need a width that is a multiple of 4, not {dim}")
     rate = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim // 4))  # [dim/4]
@@ -78,6 +101,16 @@ def sincos_positions(dim: int, grid: tuple[int, int], device: torch.device | Non
     h, w = grid
     both = torch.cat([columns[None].expand(h, -1, -1), rows[:, None].expand(-1, w, -1)], dim=2)  # [h, w, dim]
     return both.flatten(0, 1)
+
+
+def _sincos_volume(dim: int, grid: tuple[int, ...], device: torch.device | None) -> Tensor:
+    """[d*h*w, dim]."""
+    count = dim // 6
+    rate = 10000.0 ** -(torch.arange(count, dtype=torch.float64, device=device) / max(count, 1))  # [dim/6]
+    places = torch.meshgrid(*(torch.arange(n, dtype=torch.float64, device=device) for n in grid), indexing="ij")
+    angles = [place.reshape(-1, 1) * rate for place in reversed(places)]  # [d*h*w, dim/6] each
+    parts = [part for a in angles for part in (a.sin(), a.cos())]
+    return F.pad(torch.cat(parts, dim=1), (0, dim - 6 * count))
 
 
 @torch.no_grad()

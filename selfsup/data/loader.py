@@ -76,12 +76,16 @@ class Loader:
 
 
 def maker_of(source: Source) -> type[BatchMaker]:
-    """Of images, or of clips where the source has videos."""
-    if not hasattr(source, "video"):
-        return BatchMaker
-    from selfsup.data.clip_batch import ClipBatchMaker
+    """Of images, of clips where the source has videos, or of volumes where it has those."""
+    if hasattr(source, "video"):
+        from selfsup.data.clip_batch import ClipBatchMaker
 
-    return ClipBatchMaker
+        return ClipBatchMaker
+    if hasattr(source, "volume"):
+        from selfsup.data.volume_batch import VolumeBatchMaker
+
+        return VolumeBatchMaker
+    return BatchMaker
 
 
 class _Calls(Dataset[Any]):

@@ -137,6 +137,11 @@ class View:
         """Pixels, square."""
         return self.crops.size
 
+    @property
+    def shape(self) -> int | tuple[int, int, int]:
+        """The size, or of volumes (depth, height, width) where the depth is another."""
+        return self.crops.shape
+
 
 def multicrop(views: ViewsConfig) -> list[View]:
     """The global views, then the local ones."""

@@ -9,8 +9,16 @@ from selfsup.losses.numerics import at_least_float32, same_shape
 Distance = Literal["l2", "l1"]
 
 
-def patchify(images: Tensor, size: int) -> Tensor:
-    """[N, C, H, W] -> [N, h*w, size*size*C]: patches row by row, their pixels row by row, channels last."""
+def patchify(images: Tensor, size: int | tuple[int, ...]) -> Tensor:
+    """[N, C, H, W] -> [N, h*w, size*size*C]: patches row by row, their pixels row by row, channels last.
+
+    Volumes [N, C, D, H, W] -> [N, d*h*w, pd*ph*pw*C], slice by slice; size: (pd, ph, pw).
+    """
+    if images.ndim == 5:
+        pd, ph, pw = (size,) * 3 if isinstance(size, int) else size
+        x = images.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(2, (-1, pd))  # [N, C, d, pd, h, ph, w, pw]
+        return x.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4).flatten(1, 3)
+    size = size if isinstance(size, int) else size[0]
     x = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [N, C, h, p, w, q]
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 

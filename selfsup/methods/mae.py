@@ -6,6 +6,7 @@ Section 3 of the paper; of several views of an image each is reconstructed by it
 """
 
 import copy
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, ClassVar
@@ -57,7 +58,7 @@ class Decoder(nn.Module):
         self.predict = nn.Linear(dim, out_dim)
         xavier(self)
 
-    def forward(self, tokens: Tensor, keep: Tensor, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, tokens: Tensor, keep: Tensor, hidden: Tensor, grid: tuple[int, ...]) -> Tensor:
         """tokens [N, prefix + k, D] of the patches keep [N, k] -> predictions [N, T - k, P] of the patches hidden [N, T - k].
 
         Blocks do not know the order of tokens, positions tell: visible ones come first, and nothing is sorted back.
@@ -89,10 +90,10 @@ class MAE(nn.Module):
                 f"method.decoder_dim={options.decoder_dim} is not a multiple of decoder_heads={options.decoder_heads}"
             )
         for view in self._views:
-            self._kept(backbone.token_grid(view.size))
+            self._kept(backbone.token_grid(view.shape))
         if options.fixed_positions:
             fix_positions(backbone.model)
-        pixels = backbone.patch_size**2 * backbone.in_chans
+        pixels = math.prod(backbone.patch_shape) * backbone.in_chans
         o = options
         head = Decoder(backbone.embed_dim, pixels, o.decoder_dim, o.decoder_depth, o.decoder_heads)
         self.student: Network = Network(backbone, head)
@@ -120,13 +121,13 @@ class MAE(nn.Module):
         losses: list[Tensor] = []
         encoded: list[Tensor] = []
         for kind, images in enumerate(batch.images):
-            grid = backbone.token_grid((images.shape[3], images.shape[4]))
-            keep, hidden = self._split(batch, range(first, first + len(images)), grid)  # [V*B, k], [V*B, T - k]
             flat = images.flatten(0, 1)  # [V*B, C, S, S]
+            grid = backbone.grid_of(flat)
+            keep, hidden = self._split(batch, range(first, first + len(images)), grid)  # [V*B, k], [V*B, T - k]
             with drawing(self.random, batch.step, batch.keys(kind, first)):
                 tokens = backbone.encode_visible(flat, keep)  # [V*B, prefix + k, D]
             prediction = self.student.head(tokens, keep, hidden, grid)  # [V*B, T - k, P]
-            target = patchify(flat, backbone.patch_size)  # [V*B, T, P]
+            target = patchify(backbone.voxels(flat), backbone.patch_shape)  # [V*B, T, P]
             target = target.gather(1, hidden[..., None].expand(-1, -1, target.shape[2]))  # [V*B, T - k, P]
             if self.options.norm_pix:
                 target = normalise_patches(target)
@@ -136,9 +137,9 @@ class MAE(nn.Module):
         # not among what is watched for collapse: to predict pixels from them, features need not spread, and they cannot collapse
         return {"loss": torch.stack(losses).sum() / first, "feature_std": spread(torch.cat(encoded))}
 
-    def _kept(self, grid: tuple[int, int]) -> int:
+    def _kept(self, grid: tuple[int, ...]) -> int:
         """How many patches the encoder sees: rounded down, as in the published code."""
-        tokens = grid[0] * grid[1]
+        tokens = math.prod(grid)
         kept = int(tokens * (1 - self.options.mask_ratio))
         if kept < 1:
             raise UserError(
@@ -147,9 +148,9 @@ class MAE(nn.Module):
             )
         return kept
 
-    def _split(self, batch: ViewBatch, views: range, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def _split(self, batch: ViewBatch, views: range, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Numbers of the patches that are seen, [V*B, k], and of those that are not, [V*B, T - k]; ascending."""
-        places, tokens, device = batch.on_host(), grid[0] * grid[1], batch.positions.device
+        places, tokens, device = batch.on_host(), math.prod(grid), batch.positions.device
         count = tokens - self._kept(grid)
         hidden = [random_masks(self.seed, batch.step, places, view, tokens=tokens, count=count) for view in views]
         masked = np.concatenate(hidden)  # [V*B, T]

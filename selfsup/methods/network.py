@@ -59,7 +59,7 @@ def build_backbone(config: Config) -> Backbone:
     backbone = create_backbone(config.backbone, mean=config.mean, std=config.std, input_size=config.views.global_.size)
     for crops in (config.views.global_, config.views.local):
         if crops.count:
-            backbone.check_size(crops.size)
+            backbone.check_size(crops.shape)
     backbone.shortcuts = frozenset(config.shortcuts)
     return backbone
 
