@@ -110,7 +110,8 @@ def moved_boxes(entries: list[dict[str, Any]], placement: Placement, config: Aug
 
 def coco(records: list[dict[str, Any]], categories: list[Any]) -> dict[str, Any]:
     """The manifest's records as one COCO file; numbers begin at 1."""
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, record in enumerate((r for r in records if "image" in r), 1):
         name = record["image"].removeprefix("images/")
         images.append({"id": number, "file_name": name, "width": record["width"], "height": record["height"]})
