@@ -9,9 +9,8 @@ seeds; so is that of the paired difference to `none`. Rows that are in OUT alrea
 Writes OUT and the table beside it (.md). One core.
 
 What was run is small (results/augmentation.md): three seeds, 30 passes over 500 images. There no operation is ahead of none
-beyond its interval, and all of them together are behind: -3.3 +- 3.5 points, if not significantly. So short a training does not
-reach the point at which a net has learned its images by heart; with pictures that are centred, upright and of one size there is
-little to gain.
+beyond its interval, and all of them together are behind, by 3.3 +- 3.5 points, which is not significant. Likely reasons, not
+measured: so short a training has not learned its images by heart, and the pictures are centred, upright and of one size.
 """
 
 import argparse
