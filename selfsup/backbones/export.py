@@ -80,7 +80,8 @@ def export_onnx(backbone: Backbone, path: str | Path, size: Size | None = None) 
     size: pixels, default `backbone.image_size`. Returns the largest absolute difference to `backbone` that ONNX
     Runtime shows on noise. Raises UserError if the extra is not installed or the file cannot be written.
     """
-    backbone.check_size(_pair(size or backbone.image_size))
+    if not isinstance(backbone, VolumeBackbone):
+        backbone.check_size(_pair(size or backbone.image_size))
     with evaluating(backbone):
         module = _Outputs(_on_cpu(backbone)).eval()
         images = noise(backbone, size, batch=2), noise(backbone, size, batch=3)

@@ -21,7 +21,8 @@ def export_program(backbone: Backbone, path: str | Path, size: Size | None = Non
     path = Path(path)
     if path.suffix != ".pt2":
         raise UserError(f"{path}: a program of torch.export ends in .pt2")
-    backbone.check_size(_pair(size or backbone.image_size))
+    if len(backbone.patch_shape) == 2:
+        backbone.check_size(_pair(size or backbone.image_size))
     with evaluating(backbone), torch.no_grad():
         module = _Outputs(_on_cpu(backbone)).eval()
         shapes = {"images": {0: torch.export.Dim("batch", min=1)}}

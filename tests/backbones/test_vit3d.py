@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from selfsup.backbones import Backbone, create_backbone, load_backbone
-from selfsup.backbones.export import export_timm, timm_difference
+from selfsup.backbones.export import export_onnx, export_timm, timm_difference
 from selfsup.backbones.masked import check_maskable
 from selfsup.backbones.positions import resample_tokens, sincos_positions
+from selfsup.backbones.program import export_program
 from selfsup.config import BackboneConfig
 from selfsup.errors import UserError
 from selfsup.losses.reconstruction import patchify
@@ -102,6 +103,12 @@ def test_kernels_of_a_convolution_load(tmp_path: Path):
     assert torch.equal(again.model.patch_embed.proj.weight, state[key])
     with pytest.raises(UserError, match=r"do not tell its patches and grid; give the folder"):
         load_backbone(tmp_path / "w.safetensors")
+
+
+def test_a_program_and_onnx_give_the_same_for_other_batches(tmp_path: Path):
+    backbone = made()
+    assert export_program(backbone, tmp_path / "v.pt2") < 1e-5
+    assert export_onnx(backbone, tmp_path / "v.onnx") < 1e-5
 
 
 def test_bad_input():
