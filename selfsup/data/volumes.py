@@ -204,8 +204,10 @@ def scaled(volume: np.ndarray, config: DataConfig) -> np.ndarray:
     known = np.isfinite(volume)
     out = np.empty_like(volume)
     for c, (values, finite) in enumerate(zip(volume, known)):
-        if config.value_range is not None:
-            low, high = config.value_range
+        window = config.value_range
+        if window is not None:
+            own = window[c] if isinstance(window[0], tuple) else window  # of each channel, or of all
+            low, high = (float(v) for v in own)
         else:
             found = values[finite]
             low, high = np.percentile(found, config.percentiles) if found.size else (0.0, 1.0)

@@ -90,7 +90,7 @@ class MAE(nn.Module):
                 f"method.decoder_dim={options.decoder_dim} is not a multiple of decoder_heads={options.decoder_heads}"
             )
         for view in self._views:
-            self._kept(backbone.token_grid(view.shape))
+            self._kept(backbone.token_grid(view.shape))  # type: ignore[arg-type]  # three of volumes
         if options.fixed_positions:
             fix_positions(backbone.model)
         pixels = math.prod(backbone.patch_shape) * backbone.in_chans

@@ -179,3 +179,10 @@ def test_batches_do_not_depend_on_workers_nor_on_the_batch():
 def test_what_does_not_go_together_is_said_when_the_configuration_is_read(words: list[str], message: str):
     with pytest.raises(UserError, match=message.replace("[", r"\[")):
         settings(*words)
+
+
+def test_a_window_for_each_channel() -> None:
+    volume = np.stack([np.full((2, 2, 2), 5.0), np.full((2, 2, 2), 30.0)])
+    both = scaled(volume, DataConfig(value_range=((0.0, 10.0), (20.0, 60.0))))
+    assert both[0].max() == both[0].min() == 0.5 and both[1].max() == both[1].min() == 0.25
+    assert scaled(volume, DataConfig(value_range=(0.0, 40.0)))[1, 0, 0, 0] == 0.75
