@@ -13,7 +13,7 @@ from tests import volumes
 
 MAE = ["views.global.size=16", "method.decoder_dim=24", "method.decoder_depth=1", "method.decoder_heads=2"]
 DINO = [
-    "views.global.size=16", "views.global.depth=12", "views.local.size=8", "views.local.count=2", "method.out_dim=32",
+    "views.global.size=16", "views.global.slices=12", "views.local.size=8", "views.local.count=2", "method.out_dim=32",
     "method.hidden_dim=16", "method.bottleneck_dim=8",
 ]  # fmt: skip
 
