@@ -12,25 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from selfsup.config import OptimizerConfig
 from selfsup.data.workers import items
-from selfsup.errors import UserError
-from selfsup.optim import clip_gradients, create_optimizer, parameter_groups, set_hyperparameters
-from selfsup.schedules import Plan, learning_rate
 
+from .descent import Descent, steps_of
 from .detect_data import Batches, fit
 from .detect_settings import DetectSettings
 from .progress import Progress
 from .segment_crops import resized
 
-
-def steps_of(settings: DetectSettings, images: int) -> int:
-    """As given, else 24 epochs and at least 300 steps."""
-    if settings.steps is not None:
-        return settings.steps
-    epochs = settings.epochs if settings.epochs is not None else 24
-    least = 1 if settings.epochs is not None else 300
-    return max(least, round(epochs * images / settings.batch))
+EPOCHS = 24
+"""Of a training whose length is not given; at least 300 steps."""
 
 
 def first_label(settings: DetectSettings) -> int:
@@ -54,18 +45,12 @@ def train_detector(
     model: nn.Module, batches: Batches, settings: DetectSettings, device: torch.device
 ) -> dict[str, Any]:
     """Train in place; returns what a result says of it. Raises UserError if the loss is not finite."""
-    steps = steps_of(settings, len(batches.pictures))
+    pictures = len(batches.pictures)
+    steps = steps_of(settings, pictures, EPOCHS)
     frozen = settings.trunk == "frozen"
-    peak = settings.lr or (1e-3 if frozen else 1e-4)
-    config = OptimizerConfig(
-        lr=peak, min_lr=0.0, warmup=settings.warmup, weight_decay=settings.weight_decay, weight_decay_end=None
-    )
-    named = named_parameters(model)
-    groups = parameter_groups(named, layer_decay=1.0 if frozen else settings.layer_decay)
-    optimizer = create_optimizer(config, groups, peak)
-    rate = learning_rate(config, peak, Plan(steps, len(batches.pictures), settings.batch))
+    descend = Descent(named_parameters(model), settings, frozen=frozen, steps=steps, images=pictures)
     progress = Progress(steps, f"training detector={settings.detector}, steps")
-    losses: list[float] = []
+    said = 0.0
     shift = first_label(settings)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)  # dropout, and which proposals are sampled
@@ -76,23 +61,14 @@ def train_detector(
                 targets = [{"boxes": b.to(device), "labels": k.to(device) + shift} for _, b, k in batch]
                 parts = model(images, targets)
                 loss = torch.stack(list(parts.values())).sum()
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                clip_gradients([p for _, p in named], settings.clip, "global")
-                set_hyperparameters(optimizer, rate(step), settings.weight_decay)
-                optimizer.step()
-                if step % 10 == 0 or step == steps - 1:
-                    losses.append(float(loss.detach()))
-                    if not np.isfinite(losses[-1]):
-                        said = ", ".join(f"{name} {float(value.detach()):.3g}" for name, value in parts.items())
-                        raise UserError(
-                            f"step {step}: the loss is {losses[-1]} ({said}); try a smaller lr (it is {peak:g})"
-                        )
-                progress.advance(1, f"loss {losses[-1]:.4f}")
-    progress.close(f"loss {losses[-1]:.4f}")
+                descend(loss, step)
+                if (value := descend.looked_at(loss, step, parts)) is not None:
+                    said = value
+                progress.advance(1, f"loss {said:.4f}")
+    progress.close(f"loss {said:.4f}")
     model.eval()
     last = {name: round(float(value.detach()), 5) for name, value in parts.items()}
-    return {"steps": steps, "lr": peak, "final_loss": round(losses[-1], 5), "final_parts": last}
+    return {"steps": steps, "lr": descend.peak, "final_loss": round(said, 5), "final_parts": last}
 
 
 @torch.no_grad()

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 from selfsup import dist
-from selfsup.config import DataConfig, OptimizerConfig
+from selfsup.config import DataConfig
 from selfsup.data.volumes import resized
 from selfsup.data.workers import items
 from selfsup.errors import UserError
 from selfsup.losses.segmentation import pixel_cross_entropy, soft_dice
-from selfsup.optim import clip_gradients, create_optimizer, parameter_groups, set_hyperparameters
-from selfsup.schedules import Plan, learning_rate
 
 from . import results
+from .descent import Descent
 from .progress import Progress
 from .settings import resolve
 from .shown import spread
@@ -123,15 +122,9 @@ def _data(opened: Target, settings: Segment3dSettings) -> DataConfig:
 
 def _train(model: UNETR, crops: VolumeCrops, settings: Segment3dSettings, device: torch.device) -> dict[str, Any]:
     """Train in place on cross-entropy + Dice, as UNETR (section 3.2, equation 1). UserError if the loss is not finite."""
-    peak = settings.lr or (1e-3 if model.frozen else 1e-4)
-    config = OptimizerConfig(
-        lr=peak, min_lr=0.0, warmup=settings.warmup, weight_decay=settings.weight_decay, weight_decay_end=None
-    )
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decay = 1.0 if model.frozen else settings.layer_decay
-    optimizer = create_optimizer(config, parameter_groups(named, layer_decay=decay), peak)
-    rate = learning_rate(config, peak, Plan(settings.steps, len(crops.pairs), settings.batch))
-    progress, losses = Progress(settings.steps, "training UNETR, steps"), []
+    descend = Descent(named, settings, frozen=model.frozen, steps=settings.steps, images=len(crops.pairs))
+    progress, said = Progress(settings.steps, "training UNETR, steps"), 0.0
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         closing(items(crops, 0, settings.steps, workers=settings.workers)) as made,
@@ -142,21 +135,12 @@ def _train(model: UNETR, crops: VolumeCrops, settings: Segment3dSettings, device
             logits = _logits(model, _normalised(volumes.to(device), model), settings).flatten(2, 3)  # [B, K, D*H, W]
             truth = masks.to(device).flatten(1, 2)  # [B, D*H, W]
             loss = pixel_cross_entropy(logits, truth) + soft_dice(logits, truth)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            clip_gradients([p for _, p in named], settings.clip, "global")
-            set_hyperparameters(optimizer, rate(step), settings.weight_decay)
-            optimizer.step()
-            if step % 10 == 0 or step == settings.steps - 1:
-                losses.append(float(loss.detach()))
-                if not np.isfinite(losses[-1]):
-                    raise UserError(
-                        f"step {step}: the loss is {losses[-1]}; try a smaller lr (it is {peak:g}), or precision=fp32"
-                    )
-            progress.advance(1, f"loss {losses[-1]:.4f}")
-    progress.close(f"loss {losses[-1]:.4f}")
+            descend(loss, step)
+            said = said if (value := descend.looked_at(loss, step)) is None else value
+            progress.advance(1, f"loss {said:.4f}")
+    progress.close(f"loss {said:.4f}")
     model.eval()
-    return {"steps": settings.steps, "lr": peak, "loss": "cross-entropy + Dice", "final_loss": round(losses[-1], 5)}
+    return {"steps": settings.steps, "lr": descend.peak, "loss": "cross-entropy + Dice", "final_loss": round(said, 5)}
 
 
 def _normalised(volumes: Tensor, model: UNETR) -> Tensor:

@@ -4,9 +4,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from selfsup.config import Duration, Positive, Section, ValueRange, expand_short_forms
+from selfsup.config import Duration, Positive, Section, ValueRange
 
 from .many import Many
+from .short_forms import expanded
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -129,13 +130,7 @@ class SegmentSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        out = expand_short_forms(values)
-        for key, inner in cls.SHORT_FORMS.items():
-            if key in out and not isinstance(out[key], (dict, Section)):
-                out[key] = {inner: out[key]} if out[key] is not None else {}
-        return out
+        return expanded(values, cls.SHORT_FORMS)
 
     @model_validator(mode="after")
     def _check(self) -> "SegmentSettings":

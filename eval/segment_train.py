@@ -10,20 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfsup.config import OptimizerConfig
 from selfsup.data.workers import items
 from selfsup.errors import EarlyStop, UserError
 from selfsup.losses.segmentation import focal, pixel_cross_entropy, soft_dice
-from selfsup.optim import clip_gradients, create_optimizer, parameter_groups, set_hyperparameters
 from selfsup.randomness import generator
-from selfsup.schedules import Plan, learning_rate
 from selfsup.signals import StopSignals
 
+from .descent import Descent, steps_of
 from .progress import Progress
 from .segment_crops import Crops
 from .segment_heads import Trunk
 from .segment_settings import SegmentLoss, SegmentSettings
 from .segment_state import TrainingState
+
+EPOCHS = 40
+"""Of a training whose length is not given; at least 300 steps."""
 
 _CACHE_BYTES = 2 << 30
 _DROPOUT = 0xD20905
@@ -83,15 +84,6 @@ def class_weights(settings: SegmentSettings, pixels: np.ndarray) -> Tensor | Non
     return torch.tensor(given, dtype=torch.float32)
 
 
-def steps_of(settings: SegmentSettings, images: int) -> int:
-    """As given, else 40 epochs and at least 300 steps."""
-    if settings.steps is not None:
-        return settings.steps
-    epochs = settings.epochs if settings.epochs is not None else 40
-    least = 1 if settings.epochs is not None else 300
-    return max(least, round(epochs * images / settings.batch))
-
-
 class Normalise:
     """uint8 [B, H, W, C] -> float32 [B, C, H, W] on the device, as the backbone takes it."""
 
@@ -112,17 +104,12 @@ def train_head(
     function of (seed, step), so a training that was stopped ends with the same weights as one that was not.
     """
     device = normalise.device
-    steps = steps_of(settings, len(crops.pairs))
-    peak = settings.lr or (1e-3 if model.frozen else 1e-4)
-    config = OptimizerConfig(
-        lr=peak, min_lr=0.0, warmup=settings.warmup, weight_decay=settings.weight_decay, weight_decay_end=None
-    )
-    decay = 1.0 if model.frozen else settings.layer_decay
+    images = len(crops.pairs)
+    steps = steps_of(settings, images, EPOCHS)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = create_optimizer(config, parameter_groups(named, layer_decay=decay), peak)
-    rate = learning_rate(config, peak, Plan(steps, len(crops.pairs), settings.batch))
+    descend = Descent(named, settings, frozen=model.frozen, steps=steps, images=images)
     weights = None if weights is None else weights.to(device)
-    first, said = state.load(model, optimizer)
+    first, said = state.load(model, descend.optimizer)
     cache = _cached(model, crops, settings, normalise) if model.frozen and not settings.augment else None
     source = (
         _from_cache(crops, cache, first, steps, normalise)
@@ -138,27 +125,18 @@ def train_head(
             with amp:
                 logits = model(images) if maps is None else model.head(maps, images)
             loss = segmentation_loss(logits, masks, settings.loss, weights)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            clip_gradients([p for _, p in named], settings.clip, "global")
-            set_hyperparameters(optimizer, rate(step), settings.weight_decay)
-            optimizer.step()
-            if step % 10 == 0 or step == steps - 1:
-                said = float(loss.detach())
-                if not np.isfinite(said):
-                    raise UserError(
-                        f"step {step}: the loss is {said}; try a smaller lr (it is {peak:g}), or precision=fp32"
-                    )
+            descend(loss, step)
+            said = said if (value := descend.looked_at(loss, step)) is None else value
             progress.advance(1, f"loss {said:.4f}")
             stop = signals.agreed() and step + 1 < steps
             if stop or state.due(step + 1):
-                state.save(model, optimizer, step + 1, said)
+                state.save(model, descend.optimizer, step + 1, said)
             if stop:
                 kept = f"the same command goes on from {state.path}" if state.path else "nothing is kept without --out"
                 raise EarlyStop(f"stopped at step {step + 1} of {steps}; {kept}")
     progress.close(f"loss {said:.4f}")
     model.eval()
-    return {"steps": steps, "lr": peak, "final_loss": round(said, 5), "cached_features": cache is not None}
+    return {"steps": steps, "lr": descend.peak, "final_loss": round(said, 5), "cached_features": cache is not None}
 
 
 Batch = tuple[Tensor, list[Tensor] | None, Tensor]

@@ -4,10 +4,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from selfsup.config import Duration, Positive, Range, Section, expand_short_forms
+from selfsup.config import Duration, Positive, Range, Section
 
 from .many import Many
 from .segment_settings import Id, MaskData, Rate, Weight
+from .short_forms import expanded
 
 
 class VolumeData(Section):
@@ -75,12 +76,7 @@ class Segment3dSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        out = expand_short_forms(values)
-        if "masks" in out and not isinstance(out["masks"], (dict, Section)):
-            out["masks"] = {"path": out["masks"]}
-        return out
+        return expanded(values, cls.SHORT_FORMS)
 
     @model_validator(mode="after")
     def _check(self) -> "Segment3dSettings":

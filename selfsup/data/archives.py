@@ -3,14 +3,13 @@
 import os
 import zipfile
 import zlib
-from array import array
 
 import numpy as np
 
 from selfsup.config import DataConfig
-from selfsup.data.base import Names, Source, retried, text
+from selfsup.data.base import Source, retried, text
 from selfsup.data.decode import SUFFIXES, BadImage, Pixels, check_bytes
-from selfsup.data.files import is_image
+from selfsup.data.files import is_image, labelled
 from selfsup.errors import UserError
 from selfsup.wording import one_line
 
@@ -42,13 +41,7 @@ class ZipSource(Source):
                 f"data: {one_line(path)} holds encrypted or unusually compressed files; store or deflate them"
             )
         entries.sort(key=lambda e: e.filename)
-        self._names = Names()
-        classes: dict[str, int] = {}
-        labels = array("q")
-        for entry in entries:
-            self._names.append(os.fsencode(entry.filename))
-            head, slash, _ = entry.filename.partition("/")
-            labels.append(classes.setdefault(head, len(classes)) if slash else -1)
+        self._names, self._labels, self.classes = labelled(os.fsencode(e.filename) for e in entries)
         # [N,5]: where, bytes stored, bytes unpacked, checksum, deflated?
         self._table = np.array(
             [
@@ -57,10 +50,6 @@ class ZipSource(Source):
             ],
             dtype=np.int64,
         )
-        self._labels = None
-        if len(classes) > 1 and min(labels) >= 0:
-            self._labels = np.array(labels, dtype=np.int64)
-            self.classes = list(classes)
 
     def __len__(self) -> int:
         return len(self._names)

@@ -15,7 +15,6 @@ narrow, as SVT (Ranasinghe et al., 2022, "Self-supervised Video Transformer", se
 
 import os
 import re
-from array import array
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -23,11 +22,11 @@ import numpy as np
 
 from selfsup.config import DataConfig
 from selfsup.data import video
-from selfsup.data.base import Names, Source, reading, retried, text
+from selfsup.data.base import Source, reading, retried, text
 from selfsup.data.batch import pixel_size
 from selfsup.data.clip_frames import centred
 from selfsup.data.decode import BadImage, Pixels, decode, read_file
-from selfsup.data.files import ListSource, is_image
+from selfsup.data.files import ListSource, is_image, labelled
 from selfsup.errors import UserError
 from selfsup.wording import one_line
 
@@ -128,22 +127,12 @@ class ClipFolder(_Clips):
         super().__init__(channels, config)
         self.setup(channels)
         self.root = os.fsencode(root)
-        self._names = Names()
-        classes: dict[bytes, int] = {}
-        labels = array("q")
-        for relative in _walk(self.root):
-            self._names.append(relative)
-            head, slash, _ = relative.partition(b"/")
-            labels.append(classes.setdefault(head, len(classes)) if slash else -1)
+        self._names, self._labels, self.classes = labelled(_walk(self.root))
         if not len(self._names):
             raise UserError(
                 f"data: no videos in {one_line(root)}; looked in it and below for folders of pictures and files that end in "
                 f"{' '.join(video.SUFFIXES)}"
             )
-        self._labels = None
-        if len(classes) > 1 and min(labels) >= 0:
-            self._labels = np.array(labels, dtype=np.int64)
-            self.classes = [text(name) for name in classes]
 
     def __len__(self) -> int:
         return len(self._names)

@@ -2,7 +2,7 @@
 
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -21,6 +21,19 @@ def is_image(name: bytes) -> bool:
     return name.lower().endswith(_SUFFIXES) and not name.rpartition(b"/")[2].startswith(b".")
 
 
+def labelled(paths: Iterable[bytes]) -> tuple[Names, np.ndarray | None, list[str] | None]:
+    """(paths, labels int64 [N], names of classes) of relative paths: their first folders are the classes, if there are two or
+    more of them and no path lies beside them; else without labels."""
+    names, classes, labels = Names(), dict[bytes, int](), array("q")
+    for path in paths:
+        names.append(path)
+        head, slash, _ = path.partition(b"/")
+        labels.append(classes.setdefault(head, len(classes)) if slash else -1)
+    if len(classes) < 2 or min(labels) < 0:
+        return names, None, None
+    return names, np.array(labels, dtype=np.int64), [text(name) for name in classes]
+
+
 class FolderSource(Source):
     """All images below a folder, sorted. The first level of subfolders are the classes, if there are two or more of
     them and no image lies beside them."""
@@ -28,21 +41,11 @@ class FolderSource(Source):
     def __init__(self, root: str, channels: int, config: DataConfig) -> None:
         super().__init__(channels, config)
         self.root = os.fsencode(root)
-        self._names = Names()
-        classes: dict[bytes, int] = {}
-        labels = array("q")
-        for relative in _walk(self.root):
-            self._names.append(relative)
-            head, slash, _ = relative.partition(b"/")
-            labels.append(classes.setdefault(head, len(classes)) if slash else -1)
+        self._names, self._labels, self.classes = labelled(_walk(self.root))
         if not len(self._names):
             raise UserError(
                 f"data: no images in {one_line(root)}; looked in it and below for {' '.join(SUFFIXES)}, in any case"
             )
-        self._labels = None
-        if len(classes) > 1 and min(labels) >= 0:
-            self._labels = np.array(labels, dtype=np.int64)
-            self.classes = [text(name) for name in classes]
 
     def __len__(self) -> int:
         return len(self._names)

@@ -12,9 +12,10 @@ from PIL import Image
 
 from selfsup.errors import UserError
 from selfsup.eval import detect
+from selfsup.eval.descent import steps_of
 from selfsup.eval.detect_heads import box_loss, centerness, dense_losses, scores
 from selfsup.eval.detect_models import create_detector
-from selfsup.eval.detect_train import as_images, named_parameters, steps_of
+from selfsup.eval.detect_train import EPOCHS, as_images, named_parameters
 from selfsup.eval.settings import resolve
 from selfsup.eval.targets import Target
 from selfsup.losses import boxes as loss
@@ -285,5 +286,5 @@ def test_defaults_and_lengths():
         0.0,
     )
     assert resolve("detect", ["loss=ciou", "loss.beta=0.5"]).complete().loss.box == "ciou"
-    assert steps_of(fcos, 8) == 300 and steps_of(fcos, 8000) == 24000
-    assert steps_of(resolve("detect", ["epochs=2"]), 80) == 20
+    assert steps_of(fcos, 8, EPOCHS) == 300 and steps_of(fcos, 8000, EPOCHS) == 24000
+    assert steps_of(resolve("detect", ["epochs=2"]), 80, EPOCHS) == 20

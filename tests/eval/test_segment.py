@@ -11,10 +11,11 @@ from PIL import Image
 
 from selfsup.errors import UserError
 from selfsup.eval import segment
+from selfsup.eval.descent import steps_of
 from selfsup.eval.segment_figures import interval
 from selfsup.eval.segment_heads import Trunk, create_head
 from selfsup.eval.segment_settings import SegmentSettings
-from selfsup.eval.segment_train import Segmenter, class_weights, segmentation_loss, steps_of
+from selfsup.eval.segment_train import EPOCHS, Segmenter, class_weights, segmentation_loss
 from selfsup.eval.settings import resolve
 from tests.eval import segmentation
 
@@ -146,8 +147,8 @@ def test_balanced_weights_and_lengths():
     assert class_weights(resolve("segment", ["class_weights=1,2"]), np.array([1, 1])).tolist() == [1.0, 2.0]
     with pytest.raises(UserError, match="2 for 3 classes"):
         class_weights(resolve("segment", ["class_weights=1,2"]), np.ones(3))
-    assert steps_of(settings, 10) == 300 and steps_of(settings, 1600) == 4000
-    assert steps_of(resolve("segment", ["epochs=2"]), 160) == 20
+    assert steps_of(settings, 10, EPOCHS) == 300 and steps_of(settings, 1600, EPOCHS) == 4000
+    assert steps_of(resolve("segment", ["epochs=2"]), 160, EPOCHS) == 20
 
 
 def test_the_command_line(data: Path, conv: Path, tmp_path: Path, monkeypatch, capsys):
