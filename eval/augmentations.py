@@ -16,6 +16,7 @@ from selfsup.data.loader import maker_of
 from selfsup.data.sheet import sheet, write_sheet
 from selfsup.data.sources import BadImage, Source, open_source
 from selfsup.data.views import View
+from selfsup.data.volumes import open_volumes
 from selfsup.errors import UserError
 
 from .settings import resolve
@@ -37,7 +38,7 @@ def run(
     if not dist.is_main():
         return {}
     channels = config.backbone.in_chans
-    source = open_source(config.data.path, channels=channels, config=config.data)
+    source = (open_volumes if config.volumes else open_source)(config.data.path, channels=channels, config=config.data)
     made, count = views(config), min(settings.images, len(source), config.global_batch)
     if count == 0:
         raise UserError(f"data={config.data.path}: no images to show")

@@ -193,7 +193,10 @@ def data_options(target: Target, settings: ImageSettings) -> DataConfig:
     given = {k: v for k in keys if (v := getattr(settings.data, k)) is not None}
     if base.frames is None and isinstance(target.backbone, ClipBackbone):
         given.setdefault("frames", target.backbone.frames)
-    return base.model_copy(update=given)
+    found = base.model_copy(update=given)
+    if found.frames is not None and found.depth != 8:
+        raise UserError(f"data.depth={found.depth}: clips (data.frames) have 8 bits; leave it out")
+    return found
 
 
 def _open(spec: str, channels: int, options: DataConfig) -> Source:

@@ -61,6 +61,10 @@ def squares(source: Source, rows: np.ndarray, transform: Transform) -> Iterator[
 def maps_of(backbone: Backbone, images: Tensor, layer: int) -> Tensor:
     """[B, C, H, W], normalised -> a layer's features, of length 1: float32 [B, h, w, D], on the host."""
     maps = backbone.feature_maps(images.to(next(backbone.parameters()).device), [layer])[0].float()  # [B, D, h, w]
+    if maps.ndim != 4:
+        raise UserError(
+            f"{backbone.name}: its maps have three axes, where those of images are needed; give a backbone of images"
+        )
     return F.normalize(maps.permute(0, 2, 3, 1), dim=-1).cpu()
 
 

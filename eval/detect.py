@@ -23,6 +23,7 @@ from .detect_settings import DetectSettings
 from .detect_train import detect, train_detector
 from .progress import Progress
 from .segment_data import Classes, Reader
+from .segment_subject import value_range_of
 from .settings import resolve
 from .shown import spread
 from .targets import Target, open_target
@@ -60,7 +61,8 @@ def evaluate(target: str, settings: DetectSettings, out: Path | None = None) -> 
     if backbone is None:
         raise UserError("eval detect: pixels have no maps of features; give a run or a backbone")
     short, long, square = sides(opened, settings)
-    reader = Reader(backbone.in_chans, settings.data.max_pixels, settings.data.value_range, Classes(names, np.zeros(0)))
+    values = value_range_of(opened, settings)
+    reader = Reader(backbone.in_chans, settings.data.max_pixels, values, Classes(names, np.zeros(0)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = create_detector(backbone, len(names), square, settings).to(device)

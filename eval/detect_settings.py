@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from selfsup.config import Duration, Positive, Range, Section
+from selfsup.config import Duration, Positive, Section, ValueRange
 
 from .many import Many
 from .short_forms import expanded
@@ -23,7 +23,7 @@ class DetectData(Section):
 
     path: str | None = None
     val: str | None = None
-    value_range: Range | None = None
+    value_range: ValueRange | None = None
     max_pixels: Positive = 100_000_000
 
 

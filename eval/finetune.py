@@ -112,7 +112,7 @@ def compose(target: Target, settings: FinetuneSettings, pair: LabelledPair) -> C
         "std": backbone.std,
         "classes": pair.classes,
     }
-    for key in ("value_range", "max_pixels", "depth", "background"):
+    for key in ("value_range", "max_pixels", "depth", "background", "frames", "stride", "clips"):
         given = getattr(settings.data, key)
         data[key] = given if given is not None else getattr(pair.train.source.config, key)
     forced: dict[str, Any] = {"data": data}

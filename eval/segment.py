@@ -60,7 +60,10 @@ def evaluate(target: str, settings: SegmentSettings, out: Path | None = None) ->
     subject = loaded(target, settings) if segment_model.is_model(target) else trained(target, settings, out)
     model, opened, val = subject.model, subject.target, subject.val
     reader = Reader(
-        model.segmenter.trunk.backbone.in_chans, settings.data.max_pixels, settings.data.value_range, model.table
+        model.segmenter.trunk.backbone.in_chans,
+        settings.data.max_pixels,
+        settings.data.value_range or model.value_range,
+        model.table,
     )
     top = settings.data.val or settings.data.path
     writer = Writer(settings.predictions, model.table, str(top)) if settings.predictions is not None else None

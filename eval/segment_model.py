@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from selfsup import checkpoint, durable, tensorfile
 from selfsup.backbones import Backbone, export_timm, load_backbone
-from selfsup.config import Positive, Section, validate
+from selfsup.config import Positive, Section, ValueRange, validate
 from selfsup.errors import UserError
 from selfsup.wording import one_line
 
@@ -73,6 +73,8 @@ class SegmentFile(Section):
     backbone: str
     """sha256 of the trunk's weights, as in result files."""
     head_sha256: str
+    value_range: ValueRange | None = None
+    """Of the images it was trained on."""
     training: dict[str, Any]
     """What a result says of it."""
 
@@ -80,11 +82,12 @@ class SegmentFile(Section):
 class SegmentModel(nn.Module):
     """A trunk, a head and what the classes are."""
 
-    def __init__(self, segmenter: Segmenter, classes: Classes, size: int) -> None:
+    def __init__(self, segmenter: Segmenter, classes: Classes, size: int, value_range: Any = None) -> None:
         super().__init__()
         backbone = segmenter.trunk.backbone
         self.segmenter, self.table, self.size = segmenter, classes, size
         self.mean, self.std = tuple(backbone.mean), tuple(backbone.std)
+        self.value_range = value_range
 
     @property
     def classes(self) -> list[str]:
@@ -170,6 +173,7 @@ def save(model: SegmentModel, folder: Path, *, key: str, settings: Any, training
         ignored=() if table.others_ignored else tuple(np.flatnonzero(table.table == IGNORE).tolist()),
         others_ignored=table.others_ignored, size=model.size, mean=model.mean, std=model.std,
         backbone=weights_hash(segmenter.trunk.backbone.model), head_sha256=digest, training=training,
+        value_range=model.value_range,
     )  # fmt: skip
     text = json.dumps(described.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
     durable.write_atomically(folder / _DESCRIPTION, text)
@@ -222,4 +226,4 @@ def load(folder: str | Path, device: str = "auto") -> SegmentModel:
     table[ids] = np.arange(len(ids))
     table[list(file.ignored)] = IGNORE
     classes = Classes([one.name for one in file.classes], table)
-    return SegmentModel(segmenter, classes, file.size).eval().to(place)
+    return SegmentModel(segmenter, classes, file.size, file.value_range).eval().to(place)

@@ -73,7 +73,11 @@ def predict(model: SegmentModel, folder: Path, settings: SegmentSettings) -> dic
     predictor = model.predictor(
         settings.inference, settings.test_scales, settings.test_flip, settings.precision, settings.size
     )
-    how = settings.model_dump(mode="json", include={"inference", "test_scales", "test_flip", "precision", "size"})
+    values = settings.data.value_range or model.value_range
+    how: dict[str, Any] = settings.model_dump(
+        mode="json", include={"inference", "test_scales", "test_flip", "precision", "size"}
+    )
+    how["value_range"] = values
     made = json.dumps([describe(folder).model_dump(mode="json"), how], sort_keys=True)
     key = hashlib.sha256(made.encode()).hexdigest()
     if _key_of(writer.out / _LIST) != key:
@@ -86,7 +90,7 @@ def predict(model: SegmentModel, folder: Path, settings: SegmentSettings) -> dic
     for image in images:
         if not (writer.path(image).is_file() and _newer(writer.path(image), image)):
             try:
-                pixels = np.asarray(decode(image, channels, settings.data.max_pixels, settings.data.value_range))
+                pixels = np.asarray(decode(image, channels, settings.data.max_pixels, values))
             except (BadImage, OSError) as error:
                 record["unreadable"][str(image)] = str(error)
                 print(f"{image}: left out: {error}", file=sys.stderr)

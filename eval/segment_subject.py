@@ -59,7 +59,7 @@ def trained(target: str, settings: SegmentSettings, out: Path | None) -> Subject
     else:
         model = _fresh(opened, settings, classes, size)
         model.predictor(settings.inference, size=size)  # what it cannot do is said before it is trained
-        reader = Reader(backbone.in_chans, settings.data.max_pixels, settings.data.value_range, classes)
+        reader = Reader(backbone.in_chans, settings.data.max_pixels, model.value_range, classes)
         fill = np.clip(np.rint(255 * np.array(backbone.mean)), 0, 255).astype(np.uint8)
         crops = Crops(layout.train, reader, settings, size, fill)
         state = TrainingState(folder, key, settings.save_every)
@@ -147,10 +147,16 @@ def _folder(target: Target, out: Path | None) -> Path | None:
 def _key(target: Target, settings: SegmentSettings, classes: Classes, size: int, train_fingerprint: str) -> str:
     """Digest of all that the trained weights are a function of."""
     kept = settings.model_dump(mode="json", exclude=_NOT_TRAINING | {"data", "classes", "ids", "ignore"})
-    kept |= {"size": size, "device": target.device.type, "value_range": settings.data.value_range}
+    kept |= {"size": size, "device": target.device.type, "value_range": value_range_of(target, settings)}
     kept |= {"names": classes.names, "table": hashlib.sha256(classes.table.tobytes()).hexdigest()}
     text = json.dumps([kept, target.checkpoint_hash, train_fingerprint], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def value_range_of(target: Target, settings: Any) -> Any:
+    """As given, else as the run read its images."""
+    run = target.config.data.value_range if target.config is not None else None
+    return run if settings.data.value_range is None else settings.data.value_range
 
 
 def _fresh(target: Target, settings: SegmentSettings, classes: Classes, size: int) -> SegmentModel:
@@ -161,4 +167,4 @@ def _fresh(target: Target, settings: SegmentSettings, classes: Classes, size: in
             target.backbone, settings.head, len(classes), width=settings.width, dropout=settings.dropout,
             frozen=settings.trunk == "frozen",
         )  # fmt: skip
-    return SegmentModel(segmenter, classes, size).to(target.device)
+    return SegmentModel(segmenter, classes, size, value_range_of(target, settings)).to(target.device)

@@ -104,10 +104,10 @@ def train_head(
     function of (seed, step), so a training that was stopped ends with the same weights as one that was not.
     """
     device = normalise.device
-    images = len(crops.pairs)
-    steps = steps_of(settings, images, EPOCHS)
+    count = len(crops.pairs)
+    steps = steps_of(settings, count, EPOCHS)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    descend = Descent(named, settings, frozen=model.frozen, steps=steps, images=images)
+    descend = Descent(named, settings, frozen=model.frozen, steps=steps, images=count)
     weights = None if weights is None else weights.to(device)
     first, said = state.load(model, descend.optimizer)
     cache = _cached(model, crops, settings, normalise) if model.frozen and not settings.augment else None

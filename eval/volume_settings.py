@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from selfsup.config import Duration, Positive, Range, Section
+from selfsup.config import Duration, Positive, Range, Section, ValueRange
 
 from .many import Many
 from .segment_settings import Id, MaskData, Rate, Weight
@@ -16,7 +16,7 @@ class VolumeData(Section):
 
     path: str | None = None
     val: str | None = None
-    value_range: Range | None = None
+    value_range: ValueRange | None = None
     percentiles: Range | None = None
     channel: Annotated[int, Field(ge=0)] | None = None
     spacing: tuple[float, float, float] | None = None

@@ -56,6 +56,7 @@ def settings(config: Config, task: str) -> list[str]:
         "data.max_pixels": config.data.max_pixels,
         "data.depth": config.data.depth,
         "data.background": config.data.background,
+        **({f"data.{k}": getattr(config.data, k) for k in ("frames", "stride", "clips")} if config.data.frames else {}),
         "size": config.views.global_.size,
         "max_train": config.eval.max_train,
         "workers": config.workers,

@@ -11,7 +11,7 @@ from selfsup import config as configuration
 from selfsup.config import Crops, Positive, Probability
 from selfsup.errors import UserError
 
-_FOR_VIEWS = ("count", "size", "policy", "erase", "cutout")
+_FOR_VIEWS = ("count", "size", "policy", "erase", "cutout", "frames", "stride", "slices", "extent", "dflip")
 """Beginnings of keys of views that a data set is not written with: sizes stay, and what hides parts is for the loader."""
 
 _QUIET = {"scale": (1.0, 1.0), "hflip": 0.0, "jitter": 0.0, "grayscale": 0.0, "blur": 0.0}

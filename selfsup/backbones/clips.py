@@ -43,7 +43,7 @@ class ClipBackbone(Backbone):
     def _split(self, out: Any, pooled: Tensor, images: Tensor) -> Features:
         grid = images.shape[-2] // self.stride, images.shape[-1] // self.stride
         patches = out[:, 1:].transpose(1, 2).unflatten(2, (-1, *grid))  # [B, D, T, h, w]
-        return Features(pooled, out[:, 0], pooled.new_zeros(len(pooled), 0, pooled.shape[1]), patches)
+        return Features(pooled, out[:, 0], out[:, 1:1], patches)
 
 
 def check_frames(backbones: dict[str, Backbone], frames: int | None) -> None:

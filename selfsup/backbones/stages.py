@@ -90,6 +90,10 @@ def _intermediates(
     backbone: "Backbone", images: Tensor, layers: Sequence[int], whole: bool
 ) -> tuple[Any, list[Tensor]]:
     """(what `forward_features` gives, or None if not `whole`; a map a layer, in the order asked for)."""
+    if len(backbone.patch_shape) == 3 or hasattr(backbone, "frames"):
+        raise UserError(
+            f"{backbone.name} gives maps of three axes, where those of images are needed; choose another backbone"
+        )
     function = getattr(backbone.model, "forward_intermediates", None)
     if function is None:
         raise UserError(f"{backbone.name} does not give intermediate layers; choose another backbone")

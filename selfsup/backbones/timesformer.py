@@ -92,7 +92,7 @@ class TimeSformer(nn.Module):
         if attention != "space":
             self.time_embed = nn.Parameter(torch.zeros(1, frames, embed_dim))
             nn.init.normal_(self.time_embed, std=time_init)
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         options: dict[str, Any] = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias}
         options["norm_layer"] = lambda width, **more: nn.LayerNorm(width, eps=1e-6, **more)
         self.blocks = nn.ModuleList(
@@ -119,6 +119,11 @@ class TimeSformer(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """It is done from outside: see `checkpointing.py`."""
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Another last layer, or none."""
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
 
     def get_classifier(self) -> nn.Module:
         """The last layer."""

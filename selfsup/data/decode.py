@@ -110,11 +110,11 @@ def stored(
         with _opened(data, max_pixels) as (image, _):
             pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
             if pages > 1 and channels in (None, pages) and len(image.getbands()) == 1:
-                return _pages(image, pages, max_pixels)
+                return _pages(image, pages, max_pixels, exact=True)
             image.load()
             turned = _upright(image)
             if _is_deep(turned):
-                return _plane(turned, None)
+                return _plane(turned, exact=True)
             if channels is None:
                 grey, alpha = turned.mode in ("1", "L", "LA", "La"), turned.has_transparency_data
                 channels = 1 if grey and not alpha else 4 if alpha else 3
@@ -168,7 +168,10 @@ def from_array(
     background: Sequence[int] = WHITE,
 ) -> Pixels:
     """An array [H,W], [H,W,C] or [C,H,W] of any real type as `decode` gives it. Raises BadImage when it is no image."""
-    array = to_levels(oriented(array, channels, max_pixels), value_range, depth)
+    array = oriented(array, channels, max_pixels)
+    if value_range is not None and np.ndim(value_range) == 2 and array.shape[2] != channels and array.dtype != np.bool_:
+        array = with_channels(array, channels, background)  # the ranges are those of the channels asked for
+    array = to_levels(array, value_range, depth)
     found = array.shape[2]
     if depth != 8:
         return with_channels(array, channels, background)
@@ -193,6 +196,8 @@ def convert(
         array = np.asarray(image)
         if image.mode != "F":
             array = np.clip(array, 0, 65535).astype(np.uint16) if value_range is None else array.astype(np.int64)
+        if value_range is not None and np.ndim(value_range) == 2:
+            return from_array(array, channels, array.size, value_range)  # type: ignore[return-value]
         return convert(Image.fromarray(to_levels(array[:, :, None], value_range)[:, :, 0]), channels)
     if image.mode == "LAB":
         to_rgb = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
@@ -224,7 +229,7 @@ def _decode_pil(
 ) -> Pixels:
     with _opened(data, max_pixels) as (image, kind):
         if kind is None and channels > 1 and getattr(image, "n_frames", 1) == channels and len(image.getbands()) == 1:
-            pages = _pages(image, channels, max_pixels)
+            pages = _pages(image, channels, max_pixels, exact=value_range is not None)
             given = None if pages.dtype == np.uint8 else value_range
             return from_array(pages, channels, max_pixels, given, depth=depth)
         image.load()
@@ -232,7 +237,7 @@ def _decode_pil(
         if kind not in ("PNG", "JPEG") or not image.info.keys().isdisjoint(("exif", "xmp", "XML:com.adobe.xmp")):
             turned = _upright(image)
         if depth != 8 and _is_deep(turned):
-            return from_array(_plane(turned, value_range), channels, max_pixels, value_range, depth=depth)
+            return from_array(_plane(turned, value_range is not None), channels, max_pixels, value_range, depth=depth)
         if channels in _MODES:
             out = convert(turned, channels, value_range, background)
             if depth != 8:
@@ -276,14 +281,14 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _pages(image: Image.Image, channels: int, max_pixels: int) -> np.ndarray:
+def _pages(image: Image.Image, channels: int, max_pixels: int, exact: bool) -> np.ndarray:
     """Single-band pages as they are stored, one a channel: [H,W,channels]."""
     if image.width * image.height * channels > max_pixels * 4:
         raise BadImage(f"{channels} pages of {image.width}x{image.height} are more than max_pixels={max_pixels} allows")
     planes = []
     for page in range(channels):
         image.seek(page)
-        planes.append(_plane(image, None) if _is_deep(image) else np.asarray(convert(image, 1)))
+        planes.append(_plane(image, exact) if _is_deep(image) else np.asarray(convert(image, 1)))
         if planes[-1].shape != planes[0].shape:
             raise BadImage(f"page {page} has another size than page 0")
         if planes[-1].dtype != planes[0].dtype:
@@ -295,12 +300,10 @@ def _is_deep(image: Image.Image) -> bool:
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
-def _plane(image: Image.Image, value_range: ValueRange | None) -> np.ndarray:
-    """[H,W] of an image of mode I, F or I;16; without a range the integers are taken for 16 bits."""
+def _plane(image: Image.Image, exact: bool) -> np.ndarray:
+    """[H,W] of an image of mode I, F or I;16; unless `exact` the integers are taken for 16 bits."""
     array = np.asarray(image)
-    if image.mode == "F":
-        return array
-    return np.clip(array, 0, 65535).astype(np.uint16) if value_range is None else array.astype(np.int64)
+    return array if exact or image.mode == "F" else np.clip(array, 0, 65535).astype(np.uint16)
 
 
 def _wide(data: bytes, channels: int, max_pixels: int, exact: bool) -> tuple[np.ndarray, Limits | None] | None:

@@ -290,6 +290,10 @@ def _same_grid(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check_grids(ours: Tensor, theirs: Tensor, pair: int | None, attention: bool) -> None:
     """Refuse maps that do not show the same part of an image, and attention over a single cell."""
+    if ours.ndim != 4 or theirs.ndim != 4:
+        raise UserError(
+            "method.losses: those of patches compare maps of images; for clips and volumes use those of logits"
+        )
     (h, w), (h2, w2) = ours.shape[2:], theirs.shape[2:]
     which = "the last maps" if pair is None else f"layers, teacher_layers: pair {pair}"
     if abs(h * w2 - w * h2) > max(h * w2, w * h2) / 4:

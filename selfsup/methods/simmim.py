@@ -85,6 +85,10 @@ class SimMIM(nn.Module):
         """Raise UserError for one whose last map is no grid of squares of its images, or whose patches are mixed too early."""
         if _embeds(backbone):
             check_maskable(backbone, "SimMIM")
+        if hasattr(backbone, "frames"):
+            raise UserError(
+                f"backbone.name={backbone.name}: SimMIM predicts images, and it sees clips; choose another backbone"
+            )
         stride, (_, height, width) = backbone.stride, map_shapes(backbone, [])[0]
         if backbone.image_size != (height * stride, width * stride):
             raise UserError(

@@ -292,6 +292,10 @@ def open_cache(
     sizes: list[Any] = [teacher.mean, teacher.std, teacher.size, config.mean, config.std, config.data.value_range]
     if config.data.depth != 8 or min(config.data.background) < 255:
         sizes += [config.data.depth, config.data.background]
+    if config.data.frames is not None:
+        sizes += [config.data.frames, config.data.stride]
+    if config.volumes:
+        sizes += [config.data.percentiles, config.data.channel, config.data.spacing]
     key = {
         "teacher": teacher.sha256.hex(),
         "data": source.fingerprint(),

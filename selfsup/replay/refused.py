@@ -250,7 +250,9 @@ def _micro(tensors: Mapping[str, Tensor], prefix: str, config: Config) -> Batch:
         crop, drawn = tensors[name], _completed(tensors[f"{prefix}params.{len(crops)}"])
         shape = tuple(crop.shape)
         fits = len(shape) == 5 and min(shape) > 0 and shape[3] == shape[4]
-        if not fits or shape[1:3] != (count, config.backbone.in_chans) or crop.dtype not in (torch.uint8, torch.uint16):
+        deep, channels = config.volumes or config.data.frames is not None, config.backbone.in_chans  # frames, slices
+        fits = fits and shape[1] == count and (shape[2] % channels == 0 if deep else shape[2] == channels)
+        if not fits or crop.dtype not in (torch.uint8, torch.uint16):
             raise ValueError(
                 f"{name} is {crop.dtype} {list(shape)}; "
                 f"uint8 [views, {count}, {config.backbone.in_chans}, size, size] is expected, or uint16"
