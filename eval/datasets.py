@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from selfsup.backbones.clips import ClipBackbone
+from selfsup.backbones.volumes import VolumeBackbone
 from selfsup.config import DataConfig
 from selfsup.data.sources import BadImage, Source, Subset, open_source
 from selfsup.data.split import split
@@ -118,6 +119,8 @@ def open_pair(target: Target, settings: FeatureSettings, channels: int | None = 
 
     channels: default: what the target takes. Raises UserError if there is no data, or none of it is labelled.
     """
+    if isinstance(target.backbone, VolumeBackbone):
+        raise UserError(f"{target.name} sees volumes, and this is of images; there is selfsup eval segment3d")
     train_spec, val_spec = specs(target, settings)
     channels, options = channels or channels_of(target, settings, train_spec), data_options(target, settings)
     train_source = _open(train_spec, channels, options)

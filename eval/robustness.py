@@ -92,10 +92,11 @@ def run(
         "seed": settings.seed,
         "versions": results.versions(),
     }
-    result = results.result("robustness", found.target, metrics, protocol, found.rows)
+    task = "robustness" if settings.by == "knn" else f"robustness-{settings.by}"
+    result = results.result(task, found.target, metrics, protocol, found.rows)
     results.save(result, found.target, out)
     results.show(result, out)
-    picture = beside("robustness", found.target, out)
+    picture = beside(task, found.target, out)
     if picture is not None:
         print(f"picture: {_draw(found.val, found.transform, found.rows, settings, picture)}")
     return result

@@ -1,6 +1,8 @@
 """A trained segmentation model as a folder, and how it is used again.
 
-    model = selfsup.eval.segment_model.load("RUN/eval/segment")    # eval mode
+    from selfsup.eval import segment_model
+
+    model = segment_model.load("RUN/eval/segment")    # eval mode
     model(images)                   # normalised [B, C, H, W] -> logits [B, K, H, W]
     model.predict(pixels)           # uint8 [H, W, C], any size -> class numbers int64 [H, W]
     model.classes, model.ids, model.colours, model.mean, model.std, model.size

@@ -53,7 +53,8 @@ def trained(target: str, settings: SegmentSettings, out: Path | None) -> Subject
     size = settings.size or (opened.config.views.global_.size if opened.config is not None else backbone.input_size)
     backbone.check_size(size)
     train_fingerprint = fingerprint(layout.train)
-    folder, key = _folder(opened, out), _key(opened, settings, classes, size, train_fingerprint)
+    written = [image.stat().st_mtime_ns for image in layout.train.images]  # an image that was replaced has its old name
+    folder, key = _folder(opened, out), _key(opened, settings, classes, size, f"{train_fingerprint} {written}")
     if (done := _finished(folder, key, settings.device)) is not None:
         model, training = done
     else:

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from selfsup.config import DataConfig
+from selfsup.data.base import retried
 from selfsup.data.decode import BadImage
 from selfsup.data.volumes import SUFFIXES, read_array, read_header, read_volume, scaled
 from selfsup.errors import UserError
@@ -96,7 +98,7 @@ def _match(images: Path, masks: Path) -> VolumePairs:
 def read_mask(path: Path) -> np.ndarray:
     """int64 [D, H, W] of ids. Raises UserError naming the file."""
     try:
-        array, _ = read_array(str(path))
+        array, _ = retried(lambda: read_array(str(path)))
     except BadImage as error:
         raise UserError(f"masks: {path}: {error}") from None
     array = array[0] if array.ndim == 4 and len(array) == 1 else array
@@ -121,7 +123,7 @@ class VolumeReader:
     def volume(self, path: Path) -> tuple[np.ndarray, tuple[float, float, float] | None]:
         """(float32 [C, D, H, W] in 0..1, millimetres of a voxel or None). Raises UserError naming the file."""
         try:
-            found, spacing = read_volume(str(path), self.channels, self.config)
+            found, spacing = retried(lambda: read_volume(str(path), self.channels, self.config))
         except BadImage as error:
             raise UserError(f"data: {path}: {error}") from None
         return scaled(found, self.config), spacing
@@ -164,7 +166,7 @@ def open_reader(
     for part in pairs:
         for image, mask in zip(part.images, part.masks):
             try:
-                shape = read_header(str(image), channels, config)[1:]
+                shape = retried(partial(read_header, str(image), channels, config))[1:]
                 ids = read_mask(mask)
                 if ids.shape != shape:
                     raise UserError(f"masks: {mask}: {list(ids.shape)} voxels, but {image} has {list(shape)}")

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from selfsup import methods
 from selfsup.backbones import Backbone, mit
 from selfsup.backbones.create import build, wrap
+from selfsup.backbones.volumes import VolumeBackbone
 from selfsup.errors import UserError
 from selfsup.log import duration
 from selfsup.wording import one_line
@@ -43,6 +44,9 @@ FAMILIES: dict[str, list[str]] = {
     "EfficientNet": ["efficientnet_b0"],
 }
 """What is listed without a pattern: members of every family that the documents name."""
+OURS = ("timesformer", "vit3d")
+"""Beginnings of names that timm knows only where this package is imported: nets of clips and of volumes."""
+
 ONE_SIZE = (
     "one size: give local views that of the global ones (views.local.size), or leave them out (views.local.count=0)"
 )
@@ -75,8 +79,11 @@ def wanted(pattern: str | None) -> list[tuple[str, str]]:
 
     glob = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
     theirs = [n for n in torchvision.models.list_models(module=torchvision.models) if not is_model(n)]
+    ours = [n for n in list_models() if n.startswith(OURS)]
     known = (
-        [("selfsup", n) for n in mit.MIT] + [("timm", n) for n in list_models()] + [("torchvision", n) for n in theirs]
+        [("selfsup", n) for n in [*mit.MIT, *ours]]
+        + [("timm", n) for n in list_models() if n not in ours]
+        + [("torchvision", n) for n in theirs]
     )
     found = [(source, name) for source, name in known if fnmatch.fnmatchcase(name, glob)]
     if not found:
@@ -153,19 +160,23 @@ def _built(name: str, size: int) -> Backbone:
     return wrap(model.eval(), name, options, input_size=size, pos_interp="timm", **norm)
 
 
-def _counted(backbone: Backbone, size: int) -> tuple[float, tuple[int, int]]:
-    """(floating-point operations of one image, rows and columns of the last map)."""
+def _counted(backbone: Backbone, size: int) -> tuple[float, tuple[int, ...]]:
+    """(floating-point operations of one image, axes of the last map); of a clip of the frames, of a volume of the size that it
+    is built for."""
+    shape: tuple[int, ...] = (1, backbone.in_chans * getattr(backbone, "frames", 1), size, size)
+    if isinstance(backbone, VolumeBackbone):
+        shape = (1, backbone.in_chans, *backbone.volume_size)
     with torch.device("meta"):
-        images = torch.zeros(1, backbone.in_chans, size, size)
+        images = torch.zeros(shape)
     try:
         with _counter() as counter:
-            h, w = backbone(images).patches.shape[2:]
+            grid = backbone(images).patches.shape[2:]
     except Exception as error:
         backbone.check_size(size)  # says why, if the size is
         raise UserError(
             f"cannot be run on one image of {size} pixels: {type(error).__name__}: {one_line(error)}"
         ) from None
-    return float(counter.get_total_flops()), (int(h), int(w))
+    return float(counter.get_total_flops()), tuple(map(int, grid))
 
 
 def _counter() -> FlopCounterMode:

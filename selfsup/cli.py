@@ -177,8 +177,8 @@ def export(
             return
         difference = exporting.timm_difference(backbone, out)
         call = f'timm.create_model("local-dir:{out}", pretrained=True)'
-        if backbone.name.startswith("vit3d"):
-            call = f'selfsup.load_backbone("{out}") (of volumes: bare timm does not know it)'
+        if what := exporting.unknown_to_timm(backbone):
+            call = f'selfsup.load_backbone("{out}") ({what}, which bare timm does not know)'
         typer.echo(f"{out}: {call}; largest difference to ours {difference:g}")
     else:
         from selfsup.backbones.program import export_program

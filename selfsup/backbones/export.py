@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from selfsup.backbones import mit
 from selfsup.backbones.backbone import Backbone, Size, _pair
-from selfsup.backbones.volumes import BARE_TIMM, VolumeBackbone
+from selfsup.backbones.volumes import VolumeBackbone
 from selfsup.errors import UserError
 
 # Options that act in training only: an exported backbone is the same with and without them.
@@ -172,8 +172,8 @@ def folder_config(backbone: Backbone, classes: int = 0) -> dict[str, Any]:
     }
     if why := only_here(args):
         config["selfsup"]["loads_with"] = f"selfsup.load_backbone alone: {why}"
-    if isinstance(backbone, VolumeBackbone):
-        config["selfsup"]["note"] = BARE_TIMM
+    if what := unknown_to_timm(backbone):
+        config["selfsup"]["note"] = f"{what}, which bare timm does not know: selfsup.load_backbone reads this folder"
     try:
         return json.loads(json.dumps(config))
     except TypeError as error:
@@ -206,6 +206,13 @@ def noise(backbone: Backbone, size: Size | None, batch: int) -> Tensor:
     if isinstance(backbone, VolumeBackbone):
         shape = (batch, backbone.in_chans, *backbone.volume_size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def unknown_to_timm(backbone: Backbone) -> str:
+    """What a backbone is that timm has no model for; '' of all others."""
+    if isinstance(backbone, VolumeBackbone):
+        return "a model of volumes"
+    return "a model of clips" if hasattr(backbone, "frames") else ""
 
 
 def _on_cpu(backbone: Backbone) -> Backbone:

@@ -10,7 +10,6 @@ from selfsup.backbones.features import Features
 from selfsup.backbones.vit3d import Triple, triple
 from selfsup.errors import UserError
 
-BARE_TIMM = "a model of volumes, which bare timm does not know: selfsup.load_backbone reads this folder"
 """What an exported folder says of itself."""
 
 

@@ -312,10 +312,7 @@ def _wide(data: bytes, channels: int, max_pixels: int, exact: bool) -> tuple[np.
     exact: 16-bit colour is one of them; else it is Pillow's, which gives its upper 8 bits.
     """
     if is_dicom(data):
-        array, window, inverted = read_dicom(data, max_pixels)
-        if inverted and window is not None:  # the same picture with black as its low end
-            return window[0] + window[1] - array, window
-        return array, window
+        return read_dicom(data, max_pixels)
     if exact and png_channels(data):
         with _opened(data, max_pixels) as (image, _):
             turn = image.getexif().get(0x0112, 1)

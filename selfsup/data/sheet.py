@@ -86,10 +86,15 @@ def _columns(
     views = photometric.apply(crops, params, mean, std, "cpu", module=module, frames=frames)  # [V, n, T*C, S, S]
     if frames == 1:
         return [(f"{view.name}, {view.size} px", rows) for view, rows in zip(group, views)]
+    unit = (
+        "frame"
+        if group[0].crops.dflip == 0 and group[0].crops.slices is None and not group[0].crops.extent
+        else "slice"
+    )
     few = np.unique(np.linspace(0, frames - 1, min(frames, _FRAMES)).round().astype(int)).tolist()
     channels = len(mean)
     return [
-        (f"{view.name}, frame {f}", rows[:, f * channels : (f + 1) * channels])
+        (f"{view.name}, {unit} {f}", rows[:, f * channels : (f + 1) * channels])
         for view, rows in zip(group, views)
         for f in few
     ]

@@ -48,7 +48,7 @@ class VolumeSource(Source):
         if not len(self._names):
             raise UserError(f"{shown}: no volumes in it or below; looked for {' '.join(SUFFIXES)}, in any case")
         try:
-            read_header(self.path(0), channels, config)
+            retried(lambda: read_header(self.path(0), channels, config))
         except BadImage as error:
             raise UserError(f"{shown}: {one_line(self.name(0))}: {error}") from None
 
@@ -158,12 +158,19 @@ def read_array(path: str) -> tuple[np.ndarray, tuple[float, float, float] | None
         turned = nibabel.as_closest_canonical(opened)  # columns to the right, rows to the front, slices up
         array, (x, y, z) = np.asanyarray(turned.dataobj), (float(v) for v in turned.header.get_zooms()[:3])
     except _BROKEN as error:
-        raise BadImage(f"broken: {one_line(error)}") from None
+        raise _broken(error) from None
     return array.T[..., ::-1, ::-1, :], (z, y, x)  # [X, Y, Z, C] -> [C, Z, Y, X]
 
 
 _BROKEN = (OSError, EOFError, ValueError, TypeError, zlib.error, OverflowError)
 """What nibabel, gzip and numpy raise of a damaged file."""
+
+
+def _broken(error: Exception, what: str = "broken") -> Exception:
+    """As a BadImage; but what the system says of a file, which may pass, as it is."""
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
+        return error
+    return BadImage(f"{what}: {one_line(error)}")
 
 
 def _open(path: str) -> tuple[Any, tuple[int, ...]]:
@@ -172,7 +179,7 @@ def _open(path: str) -> tuple[Any, tuple[int, ...]]:
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except _BROKEN as error:
-            raise BadImage(f"broken, or a pickle, which is not read: {one_line(error)}") from None
+            raise _broken(error, "broken, or a pickle, which is not read") from None
         if array.dtype.kind not in "biuf":
             raise BadImage(f"values of type {array.dtype}; numbers are needed")
         return array, tuple(array.shape)
@@ -189,7 +196,7 @@ def _open(path: str) -> tuple[Any, tuple[int, ...]]:
             ].argsort()  # which axis is the columns, the rows, the slices
             shape = (*(shape[axis] for axis in order), *shape[3:])
     except (*_BROKEN, nibabel.filebasedimages.ImageFileError) as error:
-        raise BadImage(f"broken: {one_line(error)}") from None
+        raise _broken(error) from None
     if dtype.kind not in "biuf":
         raise BadImage(f"values of type {dtype}; numbers are needed")
     return image, shape[::-1]

@@ -130,8 +130,8 @@ def upright(array: np.ndarray, orientation: int) -> np.ndarray:
     return array
 
 
-def read_dicom(data: bytes, max_pixels: int) -> tuple[np.ndarray, Limits | None, bool]:
-    """(values [H,W], [H,W,3] or [frames,H,W]; the range that the file wants to be shown; whether its low end is white).
+def read_dicom(data: bytes, max_pixels: int) -> tuple[np.ndarray, Limits | None]:
+    """(values [H,W], [H,W,3] or [frames,H,W]; the range that the file wants to be shown).
 
     Values are in the file's own unit (of a CT Hounsfield units, by the modality transformation; PS3.3, C.11.1). The range is
     its first window (C.11.2), or else of a CT -1024..3071, of others all that their bits can hold; None for colour, which has
@@ -149,7 +149,7 @@ def read_dicom(data: bytes, max_pixels: int) -> tuple[np.ndarray, Limits | None,
         raise BadImage("a DICOM file of palette colour, which is not read")
     array = pixels.pixel_array(found)  # colour as RGB
     if int(found.get("SamplesPerPixel", 1)) == 3:
-        return array, None, False
+        return array, None
     bits, signed = int(found.BitsStored), bool(found.PixelRepresentation)
     ends = np.array([-(1 << bits - 1), (1 << bits - 1) - 1] if signed else [0, (1 << bits) - 1])
     slope, shift = float(found.get("RescaleSlope", 1) or 1), float(found.get("RescaleIntercept", 0) or 0)
@@ -158,7 +158,10 @@ def read_dicom(data: bytes, max_pixels: int) -> tuple[np.ndarray, Limits | None,
     centre, width = (_first(found.get(key)) for key in ("WindowCenter", "WindowWidth"))
     if centre is not None and width is not None and width > 1:
         low, high = centre - 0.5 - (width - 1) / 2, centre - 0.5 + (width - 1) / 2
-    return values, (low, high), kind == "MONOCHROME1"
+    if kind == "MONOCHROME1":  # white is low: the same picture with black as its low end, whatever range it is seen by
+        both = float((ends * slope + shift).sum())
+        return both - values, (both - high, both - low)
+    return values, (low, high)
 
 
 def _first(value: Any) -> float | None:

@@ -58,6 +58,8 @@ def _clips(c: Config) -> Iterator[str]:
             yield f"views.{kind}.frames and .stride are of clips; give data.frames as well"
         if c.data.frames is not None and crops.style != "none":
             yield f"views.{kind}.style={crops.style} is that of another image; clips have none (data.frames)"
+    if c.data.frames is None and (c.data.stride, c.data.clips) != (1, 1):
+        yield "data.stride and data.clips are of clips; give data.frames as well"
     if c.data.frames is not None and c.data.depth != 8:
         yield f"data.depth={c.data.depth}: clips (data.frames) have 8 bits; leave it out"
 
