@@ -14,7 +14,7 @@ from selfsup.backbones import timm_difference
 from selfsup.backbones.clips import ClipBackbone
 from selfsup.cli import app
 from selfsup.errors import EarlyStop, UserError
-from selfsup.eval import knn, linear, tsne
+from selfsup.eval import knn, linear, pca, tsne
 
 TINY = [
     "backbone=timesformer", "backbone.embed_dim=32", "backbone.depth=2", "backbone.num_heads=2", "backbone.patch_size=8",
@@ -190,3 +190,29 @@ def test_documented_commands_on_video_files(tmp_path: Path) -> None:
         found = json.loads((tmp_path / "run" / "eval" / f"{name}.json").read_text())
         assert 0 <= found["metrics"]["top1"] <= 1
     assert (tmp_path / "run" / "classifier" / "config.json").is_file()
+
+
+def test_fine_tuning_of_a_run_on_clips(clips: Path, runs, tmp_path: Path) -> None:
+    data = [f"data={clips / 'train'}", f"data.val={clips / 'val'}", "steps=1", "global_batch=8", "workers=0"]
+    command("eval", "finetune", runs["dino"], *data, "--out", tmp_path / "finetune.json")
+    assert 0 <= json.loads((tmp_path / "finetune.json").read_text())["metrics"]["top1"] <= 1
+
+
+def test_what_is_of_images_alone_says_so(runs, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="maps have three axes, where those of images are needed"):
+        pca.run(str(runs["dino"]), ["workers=0", "size=32"], tmp_path / "pca.png")
+
+
+def test_answers_of_other_clips_are_not_reused(clips: Path, runs, tmp_path: Path) -> None:
+    words = ["method=distill", f"teacher={runs['supervised']}", f"teacher.cache={tmp_path / 'cache'}", "steps=1"]
+    words += [
+        "method.losses.ce=0",
+        "views.global.count=1",
+        "views.local.count=0",
+        "views.global.blur=0",
+        "views.global.solarize=0",
+    ]
+    words += [f"data={clips / 'train'}"]
+    selfsup.train(selfsup.load_config(None, [*TINY, *words]), out=tmp_path / "first", quiet=True)
+    with pytest.raises(UserError, match="views"):
+        selfsup.train(selfsup.load_config(None, [*TINY, *words, "data.stride=2"]), out=tmp_path / "second", quiet=True)

@@ -260,3 +260,19 @@ def test_without_the_extra(deep, monkeypatch):
     assert (decode(png16(deep), 3, depth=16) == deep).all()
     with pytest.raises(BadImage):
         decode(png16(deep)[:2000], 3, depth=16)
+
+
+def test_signed_pages_keep_their_values():
+    pages = np.stack([np.full((6, 8), -1000, np.int16), np.full((6, 8), 1000, np.int16)])
+    out = decode(tiff(pages), 2, value_range=(-1000, 1000))
+    assert np.array_equal(out[..., 0], np.zeros((6, 8))) and np.array_equal(out[..., 1], np.full((6, 8), 255))
+    single = decode(tiff(np.full((6, 8), -500, np.int16)), 1, value_range=(-1000, 1000))
+    assert np.asarray(single).max() == np.asarray(single).min() == 64
+
+
+def test_grey_files_where_each_channel_has_its_range():
+    """As `selfsup stats --channels 3` proposes it: grey is repeated, and then each channel goes by its own range."""
+    grey = np.full((6, 8), 1000, np.uint16)
+    for read in (lambda **k: decode(tiff(grey), 3, **k), lambda **k: from_array(grey, 3, 100, **k)):
+        out = np.asarray(read(value_range=((0, 1000), (0, 2000), (0, 4000))))
+        assert out.shape == (6, 8, 3) and out[0, 0].tolist() == [255, 128, 64]

@@ -236,3 +236,12 @@ def test_a_damaged_folder_is_refused(trained: tuple[Path, dict], tmp_path: Path)
         segment_model.load(folder)
     with pytest.raises(UserError, match="not a trained segmentation model"):
         segment_model.load(tmp_path)
+
+
+def test_the_range_of_values_stays_with_the_model(data: Path, vit: Path, tmp_path: Path):
+    """A model goes on seeing images as it was trained, unless it is told otherwise."""
+    given = words(data, "head=linear", "augment=false", "steps=1", "data.value_range=[0,100]")
+    evaluated(vit, given, tmp_path / "r.json")
+    model = segment_model.load(tmp_path / "r")
+    assert model.value_range == (0.0, 100.0)
+    assert segment_model.describe(tmp_path / "r").value_range == (0.0, 100.0)
