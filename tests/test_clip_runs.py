@@ -207,6 +207,7 @@ def test_answers_of_other_clips_are_not_reused(clips: Path, runs, tmp_path: Path
     words = ["method=distill", f"teacher={runs['supervised']}", f"teacher.cache={tmp_path / 'cache'}", "steps=1"]
     words += [
         "method.losses.ce=0",
+        "method.losses.soft=1",
         "views.global.count=1",
         "views.local.count=0",
         "views.global.blur=0",
