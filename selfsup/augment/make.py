@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset
 
 from selfsup import durable
 from selfsup.augment.colours import coloured
+from selfsup.augment.folder import writing
 from selfsup.augment.geometry import Placement, as_array, place, still
 from selfsup.augment.labels import Boxes, Mask, moved_boxes, moved_mask, read_mask
 from selfsup.augment.settings import AugmentConfig
@@ -25,6 +27,7 @@ from selfsup.wording import one_line
 
 _NETWORK = 1  # number of the view whose draws say what goes through a network
 _PROBES = 100
+_FIRST = 20
 _IDLE = ViewParams(0, 0, 0, 0, 0, 0, -1, 1, 1, 1, 0, 0, 0, -1)
 
 Made = tuple[list[dict[str, Any]], list[list[Tensor]]]
@@ -63,6 +66,20 @@ class Maker(Dataset[Any]):
                 record["bytes"] = self.write(record["image"], self.finish(pixels[0], placement.row, copy))
             records.append(record)
         return records, waiting
+
+    def try_first(self, network: Callable[[list[np.ndarray], list[np.ndarray]], object] | None) -> None:
+        """Of the first image that can be read: its mask and the network with its size. Raises UserError; writes nothing."""
+        for i in range(min(len(self.source), _FIRST)):
+            try:
+                image = as_array(self.source.read(i))
+            except BadImage:
+                continue
+            if self.config.masks is not None:
+                mask = read_mask(self.config.masks, self.relative(i), *image.shape[:2])
+                moved_mask(mask, still(*image.shape[:2]), self.config.ignore)
+            if network is not None:
+                network([image], [image])
+            return
 
     def copy(self, image: np.ndarray, i: int, copy: int) -> tuple[dict[str, Any], list[np.ndarray], Placement]:
         """Copy 0, 1, ... of image i: its record; pixels so far, its row, the other image if there is transfer; its placement."""
@@ -139,10 +156,11 @@ class Maker(Dataset[Any]):
 
     def _put(self, name: str, content: bytes) -> None:
         path = self.out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{durable.TEMPORARY}{path.name}")
-        durable.write(temporary, [content])
-        durable.rename(temporary, path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f"{durable.TEMPORARY}{path.name}")
+            durable.write(temporary, [content])
+            durable.rename(temporary, path)
 
 
 def drawn(params: ViewParams) -> dict[str, float]:
