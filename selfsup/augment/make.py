@@ -16,7 +16,7 @@ from selfsup import durable
 from selfsup.augment.colours import coloured
 from selfsup.augment.folder import writing
 from selfsup.augment.geometry import Placement, as_array, place, still
-from selfsup.augment.labels import Boxes, Mask, moved_boxes, moved_mask, read_mask
+from selfsup.augment.labels import Boxes, Mask, find_masks, moved_boxes, moved_mask, read_mask
 from selfsup.augment.settings import AugmentConfig
 from selfsup.data import style
 from selfsup.data.base import Source
@@ -43,6 +43,8 @@ class Maker(Dataset[Any]):
         self.config, self.source, self.root, self.out, self.styles = config, source, root, out, styles
         self.boxes = Boxes(config.boxes) if config.boxes is not None else None
         classes, labels = source.classes or [], source.labels
+        images = [self.relative(i) for i in range(len(source))] if config.masks is not None else []
+        self.masks = find_masks(config.masks, images) if config.masks is not None else None
         self.folders = [_safe(name) for name in classes] if labels is not None else []
 
     def __getitem__(self, i: int) -> Made:
@@ -51,7 +53,7 @@ class Maker(Dataset[Any]):
         except BadImage as error:
             return [{"index": i, "source": self.source.name(i), "bad": one_line(error)}], []
         relative = self.relative(i)
-        mask = None if self.config.masks is None else read_mask(self.config.masks, relative, *image.shape[:2])
+        mask = None if self.masks is None else read_mask(self.masks[i], relative, *image.shape[:2])
         records: list[dict[str, Any]] = []
         waiting: list[list[Tensor]] = []
         for copy in range(0 if self.config.originals else 1, self.config.copies + 1):
@@ -69,17 +71,21 @@ class Maker(Dataset[Any]):
 
     def try_first(self, network: Callable[[list[np.ndarray], list[np.ndarray]], object] | None) -> None:
         """Of the first image that can be read: its mask and the network with its size. Raises UserError; writes nothing."""
-        for i in range(min(len(self.source), _FIRST)):
+        why, tried = "", min(len(self.source), _FIRST)
+        for i in range(tried):
             try:
                 image = as_array(self.source.read(i))
-            except BadImage:
+            except BadImage as error:
+                why = why or f"{one_line(self.source.name(i))}: {one_line(error)}"
                 continue
-            if self.config.masks is not None:
-                mask = read_mask(self.config.masks, self.relative(i), *image.shape[:2])
+            if self.masks is not None:
+                mask = read_mask(self.masks[i], self.relative(i), *image.shape[:2])
                 moved_mask(mask, still(*image.shape[:2]), self.config.ignore)
             if network is not None:
                 network([image], [image])
             return
+        if tried == len(self.source) or self.config.max_bad_fraction < 1:
+            raise UserError(f"none of the first {tried} images can be read with channels={self.source.channels}; {why}")
 
     def copy(self, image: np.ndarray, i: int, copy: int) -> tuple[dict[str, Any], list[np.ndarray], Placement]:
         """Copy 0, 1, ... of image i: its record; pixels so far, its row, the other image if there is transfer; its placement."""
