@@ -16,6 +16,8 @@ from selfsup.errors import DiskError, UserError
 from selfsup.wording import one_line
 
 MANIFEST, RECIPE, _LOCK = "manifest.jsonl", "recipe.yaml", ".lock"
+HEAD = "# selfsup augment; data "
+"""How a recipe that was written here begins."""
 _PATIENCE = 20.0  # seconds for the worker processes of one that was killed, which hold its lock, to see it and end
 
 
@@ -38,9 +40,8 @@ def append(file: IO[bytes], content: bytes) -> None:
 
 @contextlib.contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Make the folder and keep every other process from writing there. Raises UserError if another does, or it holds
-    other things."""
-    if out.exists() and (not out.is_dir() or (not (out / RECIPE).is_file() and _others(out))):
+    """Make the folder, and keep others from writing there. Raises UserError if one does, or if it holds other things."""
+    if out.exists() and (not out.is_dir() or (not _is_ours(out / RECIPE) and _others(out))):
         raise UserError(f"{out} is there and holds other things; choose a folder that is new or empty")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -110,6 +111,14 @@ def begin(out: Path, text: str, resume: bool) -> bool:
         (out / MANIFEST).unlink(missing_ok=True)
         durable.write_atomically(recipe, text)
     return False
+
+
+def _is_ours(recipe: Path) -> bool:
+    try:
+        with open(recipe, "rb") as file:
+            return file.read(len(HEAD)) == HEAD.encode()
+    except OSError:
+        return False
 
 
 def _others(out: Path) -> bool:

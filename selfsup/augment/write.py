@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from selfsup import durable
-from selfsup.augment.folder import MANIFEST, alone, append, begin, first_bad, writing
+from selfsup.augment.folder import HEAD, MANIFEST, alone, append, begin, first_bad, writing
 from selfsup.augment.labels import coco
 from selfsup.augment.make import Made, Maker
 from selfsup.augment.settings import AugmentConfig
@@ -54,7 +54,7 @@ def write(maker: Maker, resume: bool) -> dict[str, int]:
         network = Network(maker.config, maker.source.channels, look) if maker.config.on_device else None
         maker.try_first(network if maker.config.module is not None else None)
         with alone(out):
-            text = f"# selfsup augment; data {maker.source.fingerprint()}\n{maker.config.text()}"
+            text = f"{HEAD}{maker.source.fingerprint()}\n{maker.config.text()}"
             begun = begin(out, text, resume)
             return _write(maker, network, begun, look)
 

@@ -132,7 +132,10 @@ def test_layers_that_there_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_recipe_alone_is_no_beginning(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "recipe.yaml").write_text("# of another one\n")
+    (out / "recipe.yaml").write_text("of something else\n")
+    with pytest.raises(UserError, match="holds other things"):
+        augment.run(str(photos), out, WORDS)
+    (out / "recipe.yaml").write_text("# selfsup augment; data 0\nhflip: 0.1\n")
     (out / "manifest.jsonl").touch()
     assert augment.run(str(photos), out, WORDS)["files"] == 12
 
