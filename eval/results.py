@@ -58,17 +58,18 @@ def interval(accuracy: float, count: int) -> list[float]:
     return [round(max(0.0, centre - half), 4), round(min(1.0, centre + half), 4)]
 
 
-def check_destination(out: Path | None) -> None:
-    """Refuse a file that cannot be written, before any work is done."""
+def check_destination(out: Path | None, option: str = "--out") -> None:
+    """Refuse a file that cannot be written, before any work is done; `option` is what names it."""
     if out is None:
         return
     if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; name a file such as {out / 'result.json'}")
+        example = out / ("result.json" if option == "--out" else "picture.png")
+        raise UserError(f"{option} {out}: is a folder; name a file such as {example}")
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"--out {out}: {parent} cannot be written to; name a file in a folder of yours")
+        raise UserError(f"{option} {out}: {parent} cannot be written to; name a file in a folder of yours")
 
 
 def file_name(task: str, kind: str) -> str:

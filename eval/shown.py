@@ -44,11 +44,11 @@ def begin(task: str, target: str, overrides: list[str], out: Path | None) -> tup
     return settings, opened, picture_path(task, opened, out)
 
 
-def check_picture(out: Path | None) -> None:
+def check_picture(out: Path | None, option: str = "--out") -> None:
     """Refuse a file that cannot be written, or is no .png."""
-    results.check_destination(out)
+    results.check_destination(out, option)
     if out is not None and out.suffix.lower() != ".png":
-        raise UserError(f"--out {out}: pictures are PNG files; name one that ends in .png")
+        raise UserError(f"{option} {out}: pictures are PNG files; name one that ends in .png")
 
 
 def picture_path(task: str, target: Target, out: Path | None) -> Path:

@@ -19,6 +19,8 @@ from selfsup.wording import one_line
 
 from .canvas import BLUE, INK, MUTED, new_figure, save
 from .progress import Progress
+from .results import check_destination
+from .shown import check_picture
 
 PERCENTILES = (0.1, 1.0, 50.0, 99.0, 99.9)
 _FIRST_LOOK, _LISTED, _TAG = 16, 5, 0x57A7
@@ -45,6 +47,10 @@ def run(
         raise UserError(f"--clip {clip[0]:g} {clip[1]:g}: two percentiles, 0 <= low < high <= 100")
     if out is not None and out.suffix not in (".yaml", ".yml"):
         raise UserError(f"--out {out}: a recipe ends in .yaml")
+    if not all(0 <= level <= 255 for level in background):
+        raise UserError(f"--background {' '.join(map(str, background))}: red, green and blue, each from 0 to 255")
+    check_destination(out)
+    check_picture(picture, "--picture")
     source = open_source(spec, channels=3, config=DataConfig(path=spec, background=background))
     chosen = np.arange(len(source))
     if sample is not None and sample < len(source):
@@ -59,17 +65,17 @@ def run(
     block = recipe(found.main, spec, source.channels, clip, background)
     result = summary(found, spec, len(source), len(chosen), block)
     text = yaml.safe_dump(block, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+    if as_json:
+        print(json.dumps(result, indent=1, allow_nan=False), flush=True)
+    else:
+        print("\n".join(lines(result)))
+        print(f"\nto paste into a recipe:\n\n{text}", end="", flush=True)
     if out is not None:
         _write(out, f"# selfsup stats {one_line(spec)}: {result['read']:,} images\n{text}")
     if picture is not None:
         _picture(found.main, block, clip, picture)
-    if as_json:
-        print(json.dumps(result, indent=1, allow_nan=False))
-        return result
-    print("\n".join(lines(result)))
-    print(f"\nto paste into a recipe:\n\n{text}", end="")
     for what, path in (("recipe", out), ("picture", picture)):
-        if path is not None:
+        if path is not None and not as_json:
             print(f"{what}: {path}")
     return result
 
@@ -244,4 +250,4 @@ def _picture(table: Table, block: dict[str, Any], clip: tuple[float, float], pat
         path.parent.mkdir(parents=True, exist_ok=True)
         save(figure, path)
     except OSError as error:
-        raise UserError(f"{path}: the picture cannot be written: {error.strerror or error}") from None
+        raise UserError(f"--picture {path}: cannot be written: {error.strerror or error}") from None

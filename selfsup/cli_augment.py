@@ -71,11 +71,13 @@ def register(app: typer.Typer) -> None:
 def _show(recipe: str, given: list[str], picture: Path | None) -> None:
     from selfsup import augment as augmenting
     from selfsup.augment.show import show
+    from selfsup.eval.shown import check_picture
 
     data = [word for word in given if word.startswith("data=")]
     if stray := [word for word in given if "=" not in word]:
         raise UserError(f"--show: {stray[0]!r} is no KEY=VALUE; give the images as data={stray[0]}")
     config = augmenting.resolve([word for word in given if word not in data], recipe)
     out = picture or Path(f"augment_{Path(recipe).stem}.png")
+    check_picture(out, "--picture")
     rows = show(config, data[-1].removeprefix("data=") if data else "demo", out)
     typer.echo(f"{out}: {', '.join(rows)}")

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -10,10 +11,14 @@ from PIL import Image
 
 from selfsup.augment.settings import AugmentConfig, recipe_texts, resolve
 from selfsup.augment.write import write
+from selfsup.config import DataConfig
 from selfsup.data.base import Source
 from selfsup.data.decode import BadImage
 from selfsup.data.sources import open_source
+from selfsup.data.statistics import stored_array
+from selfsup.data.wide_files import is_dicom, read_dicom
 from selfsup.errors import UserError
+from selfsup.wording import one_line
 
 __all__ = ["AugmentConfig", "opened", "recipe_texts", "resolve", "run"]
 
@@ -24,7 +29,8 @@ def run(data: str, out: Path, words: list[str], resume: bool = False) -> dict[st
 
     config = resolve(words)
     config, source, styles, root = opened(config, data)
-    if out.resolve() == Path(root or os.devnull).resolve() or (root and Path(root).resolve() in out.resolve().parents):
+    inside = Path(os.path.expanduser(data)).resolve()
+    if inside.is_dir() and inside in (out.resolve(), *out.resolve().parents):
         raise UserError(f"{out} lies in {data}, whose images it would become; choose a folder beside it")
     maker = Maker(config, source, root, out, styles)
     if maker.boxes is not None and not any(maker.boxes.knows(maker.relative(i)) for i in range(min(len(source), 1000))):
@@ -39,27 +45,56 @@ def run(data: str, out: Path, words: list[str], resume: bool = False) -> dict[st
 
 def opened(config: AugmentConfig, data: str) -> tuple[AugmentConfig, Source, Source | None, str]:
     """The configuration with its channels, the images, those of styles, and the folder that names are relative to ('': none)."""
-    channels = config.channels or _channels(data)
+    reading = DataConfig(value_range=config.value_range)
+    look = open_source(data, channels=config.channels or 3, config=reading)
+    channels = config.channels or _channels(look)
     if channels != 3 and config.lighting:
         raise UserError(f"lighting={config.lighting:g} is for images of 3 channels; these have {channels}")
+    if config.value_range is None:
+        _refuse_deep(look, data)
     config = config.model_copy(update={"channels": channels})
-    source = open_source(data, channels=channels)
-    styles = open_source(config.styles, channels=channels) if config.styles is not None else None
+    look.channels = channels
     if config.styles is not None and config.style == "none" and config.transfer is None:
         raise UserError(f"styles={config.styles}: give style=fourier, style=statistics or transfer=BACKBONE as well")
+    styles = _styles(config.styles, channels, reading) if config.styles is not None else None
     path = os.path.expanduser(data)
     if os.path.isdir(path):
-        return config, source, styles, path
-    return config, source, styles, os.path.dirname(os.path.abspath(path)) if path.lower().endswith(".txt") else ""
+        return config, look, styles, path
+    return config, look, styles, os.path.dirname(os.path.abspath(path)) if path.lower().endswith(".txt") else ""
+
+
+def _styles(spec: str, channels: int, reading: DataConfig) -> Source:
+    """The images of `styles`; what is wrong with them names that key."""
+    try:
+        return open_source(spec, channels=channels, config=reading)
+    except UserError as error:
+        raise UserError(re.sub(r"^data\b", "styles", str(error))) from None
+
+
+def _refuse_deep(source: Source, data: str) -> None:
+    """Of the first image that can be read: more than 8 bit have no usual range, and most would be black."""
+    for i in range(min(len(source), 20)):
+        try:
+            raw = source.raw(i)
+            if isinstance(raw, bytes) and is_dicom(raw) and read_dicom(raw, source.config.max_pixels)[1] is not None:
+                return  # it names its own window
+            dtype = stored_array(raw, source).dtype
+        except (BadImage, OSError, ValueError, SyntaxError):
+            continue
+        if dtype.kind in "iuf" and dtype != np.uint8:
+            raise UserError(
+                f"data={one_line(data)}: {one_line(source.name(i))} holds {dtype}, and 8 bit are written; "
+                f"give value_range=[low,high] of its values: selfsup stats {one_line(data)} shows them"
+            )
+        return
 
 
 def _moves(config: AugmentConfig) -> bool:
     return bool({"rotate", "translate", "zoom", "shear"} & set(config.operations))
 
 
-def _channels(data: str) -> int:
+def _channels(source: Source) -> int:
     """Of the first image that can be read: 1 of grey ones, 4 with transparency, otherwise 3; of arrays as they are."""
-    source = open_source(data, channels=3)
     for i in range(min(len(source), 20)):
         try:
             stored = source.raw(i)

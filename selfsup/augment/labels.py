@@ -10,10 +10,9 @@ from PIL import Image
 
 from selfsup.augment.geometry import Placement
 from selfsup.augment.settings import AugmentConfig
+from selfsup.data.mask_files import matched, read_ids
 from selfsup.errors import UserError
 from selfsup.wording import one_line
-
-_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".npy")
 
 
 class Mask(NamedTuple):
@@ -32,29 +31,23 @@ class Mask(NamedTuple):
             image.save(file, "PNG", bits=8)  # of few colours PIL would keep as few bits, and `ignore` not
 
 
-def read_mask(folder: str, relative: str, height: int, width: int) -> Mask:
-    """The mask of an image, by its name relative to the data set's folder. Raises UserError if there is none that fits."""
-    stem = os.path.splitext(relative)[0]
-    path = next((p for p in (Path(folder, stem + s) for s in _SUFFIXES) if p.is_file()), None)
-    if path is None:
-        raise UserError(
-            f"masks={folder}: no mask for {one_line(relative)}; looked for {one_line(stem)}.png, .tif, .bmp, .npy"
-        )
+def find_masks(folder: str, images: list[str]) -> list[Path]:
+    """The mask of each image, whose names are relative to the folder of images. Raises UserError naming one without."""
     try:
-        if path.suffix == ".npy":
-            ids, palette = np.load(path, allow_pickle=False), None
-        else:
-            with Image.open(path) as image:
-                palette = image.getpalette() if image.mode == "P" else None
-                ids = np.asarray(image)
-    except Exception as error:  # decoders raise anything
-        raise UserError(f"masks: {path} cannot be read: {one_line(error)}") from None
-    if ids.ndim != 2 or (ids.dtype.kind not in "bu" and ids.dtype != np.int32):
-        raise UserError(f"masks: {path}: {ids.dtype} {list(ids.shape)}; a palette or grey image of ids is needed")
+        return matched([Path(image) for image in images], Path(folder))
+    except UserError as error:
+        raise UserError(f"masks={folder}: {error}") from None
+
+
+def read_mask(path: Path, relative: str, height: int, width: int) -> Mask:
+    """The mask of an image of this size. Raises UserError if it does not fit."""
+    ids, palette = read_ids(path), None
+    if path.suffix.lower() != ".npy":
+        with Image.open(path) as image:
+            palette = image.getpalette() if image.mode == "P" else None
     if ids.shape != (height, width):
         seen = f"{ids.shape[1]}x{ids.shape[0]}"
         raise UserError(f"masks: {path} has {seen} pixels, its image {one_line(relative)} {width}x{height}")
-    ids = ids.astype(np.uint16 if ids.dtype == np.int32 or ids.dtype.itemsize > 1 else np.uint8)
     return Mask(ids, palette)
 
 
@@ -79,11 +72,14 @@ class Boxes:
                 if len(box) != 4 or not np.isfinite(box).all():
                     raise ValueError(f"bbox {box} of annotation {entry.get('id')}; four numbers are needed")
                 found = {"bbox": box, "category_id": entry["category_id"], "iscrowd": entry.get("iscrowd", 0)}
+                if entry["image_id"] not in names:
+                    raise ValueError(
+                        f"annotation {entry.get('id')} is of image_id={entry['image_id']}, which images has not"
+                    )
                 self._by_name[names[entry["image_id"]]].append(found)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"boxes={path}: not in COCO's format (images, annotations, categories): {type(error).__name__} {one_line(error)}"
-            ) from None
+            why = f"no {one_line(error)}" if isinstance(error, KeyError) else one_line(error)
+            raise UserError(f"boxes={path}: not in COCO's format (images, annotations, categories): {why}") from None
 
     def of(self, relative: str) -> list[dict[str, Any]]:
         """Of an image by its path in the data set, or by its name alone; none if the file does not know it."""

@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch.utils.data import Dataset
 
 from selfsup import durable
 from selfsup.augment.colours import coloured
+from selfsup.augment.folder import writing
 from selfsup.augment.geometry import Placement, as_array, place, still
-from selfsup.augment.labels import Boxes, Mask, moved_boxes, moved_mask, read_mask
+from selfsup.augment.labels import Boxes, Mask, find_masks, moved_boxes, moved_mask, read_mask
 from selfsup.augment.settings import AugmentConfig
 from selfsup.data import style
 from selfsup.data.base import Source
@@ -25,6 +27,7 @@ from selfsup.wording import one_line
 
 _NETWORK = 1  # number of the view whose draws say what goes through a network
 _PROBES = 100
+_FIRST = 20
 _IDLE = ViewParams(0, 0, 0, 0, 0, 0, -1, 1, 1, 1, 0, 0, 0, -1)
 
 Made = tuple[list[dict[str, Any]], list[list[Tensor]]]
@@ -40,6 +43,8 @@ class Maker(Dataset[Any]):
         self.config, self.source, self.root, self.out, self.styles = config, source, root, out, styles
         self.boxes = Boxes(config.boxes) if config.boxes is not None else None
         classes, labels = source.classes or [], source.labels
+        images = [self.relative(i) for i in range(len(source))] if config.masks is not None else []
+        self.masks = find_masks(config.masks, images) if config.masks is not None else None
         self.folders = [_safe(name) for name in classes] if labels is not None else []
 
     def __getitem__(self, i: int) -> Made:
@@ -48,7 +53,7 @@ class Maker(Dataset[Any]):
         except BadImage as error:
             return [{"index": i, "source": self.source.name(i), "bad": one_line(error)}], []
         relative = self.relative(i)
-        mask = None if self.config.masks is None else read_mask(self.config.masks, relative, *image.shape[:2])
+        mask = None if self.masks is None else read_mask(self.masks[i], relative, *image.shape[:2])
         records: list[dict[str, Any]] = []
         waiting: list[list[Tensor]] = []
         for copy in range(0 if self.config.originals else 1, self.config.copies + 1):
@@ -63,6 +68,24 @@ class Maker(Dataset[Any]):
                 record["bytes"] = self.write(record["image"], self.finish(pixels[0], placement.row, copy))
             records.append(record)
         return records, waiting
+
+    def try_first(self, network: Callable[[list[np.ndarray], list[np.ndarray]], object] | None) -> None:
+        """Of the first image that can be read: its mask and the network with its size. Raises UserError; writes nothing."""
+        why, tried = "", min(len(self.source), _FIRST)
+        for i in range(tried):
+            try:
+                image = as_array(self.source.read(i))
+            except BadImage as error:
+                why = why or f"{one_line(self.source.name(i))}: {one_line(error)}"
+                continue
+            if self.masks is not None:
+                mask = read_mask(self.masks[i], self.relative(i), *image.shape[:2])
+                moved_mask(mask, still(*image.shape[:2]), self.config.ignore)
+            if network is not None:
+                network([image], [image])
+            return
+        if tried == len(self.source) or self.config.max_bad_fraction < 1:
+            raise UserError(f"none of the first {tried} images can be read with channels={self.source.channels}; {why}")
 
     def copy(self, image: np.ndarray, i: int, copy: int) -> tuple[dict[str, Any], list[np.ndarray], Placement]:
         """Copy 0, 1, ... of image i: its record; pixels so far, its row, the other image if there is transfer; its placement."""
@@ -139,10 +162,11 @@ class Maker(Dataset[Any]):
 
     def _put(self, name: str, content: bytes) -> None:
         path = self.out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{durable.TEMPORARY}{path.name}")
-        durable.write(temporary, [content])
-        durable.rename(temporary, path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f"{durable.TEMPORARY}{path.name}")
+            durable.write(temporary, [content])
+            durable.rename(temporary, path)
 
 
 def drawn(params: ViewParams) -> dict[str, float]:

@@ -8,7 +8,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from selfsup import config as configuration
-from selfsup.config import Crops, Positive, Probability
+from selfsup.config import Crops, Positive, Probability, ValueRange
 from selfsup.errors import UserError
 
 _FOR_VIEWS = ("count", "size", "policy", "erase", "cutout", "frames", "stride", "slices", "extent", "dflip")
@@ -69,6 +69,8 @@ class AugmentConfig(Crops):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     channels: Positive | None = None
     """null: as the first image has."""
+    value_range: ValueRange | None = None
+    """As data.value_range: of what is not 8 bit, what becomes 0 and 255; everything is written with 8 bit."""
     format: Literal["png", "jpeg"] = "png"
     """More than 4 channels are written as .npy."""
     quality: Annotated[int, Field(ge=1, le=100)] = 95

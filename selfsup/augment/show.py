@@ -39,7 +39,7 @@ def show(config: AugmentConfig, data: str, out: Path, images: int = 4) -> list[s
     for row, name in enumerate(names):
         top = _HEAD + row * (_CELL + _GAP)
         own = config if name == "all" else config.alone(name)
-        maker = Maker(own.model_copy(update={"boxes": None}), source, "", Path(), styles)
+        maker = Maker(own.model_copy(update={"boxes": None, "masks": None}), source, "", Path(), styles)
         network = Network(own, source.channels) if own.on_device else None
         pen.text((4, top + 4), f"{name}\n{_keys(own, name)}", fill="#222222", font=font)
         for column, (number, image) in enumerate(chosen):
@@ -47,7 +47,10 @@ def show(config: AugmentConfig, data: str, out: Path, images: int = 4) -> list[s
             after = made(maker, network, image, number)
             sheet.paste(_thumbnail(image), (left, top))
             sheet.paste(_thumbnail(after), (left + _CELL + _GAP, top))
-    write_sheet(out, sheet)
+    try:
+        write_sheet(out, sheet)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}; name another file with --picture") from None
     return names
 
 

@@ -9,7 +9,7 @@ Each image's loss is its own, so that the others of a batch do not matter, up to
 depends on what it has learned: one whose early layers see colour and texture gives the most.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -42,9 +42,13 @@ class Transfer:
         self.steps, self.weight, self.device = steps, weight, device
         shape = [-1, 1, 1]
         self._mean, self._std = (torch.tensor(v, device=device).view(shape) for v in (backbone.mean, backbone.std))
-        self.features(
-            torch.zeros(1, channels, *backbone.image_size, device=device)
-        )  # refuses layers that there are not
+        try:
+            self.features(torch.zeros(1, channels, *backbone.image_size, device=device))
+        except UserError as error:  # layers that there are not
+            text = str(error)
+            raise UserError(
+                f"transfer_{text}" if text.startswith("layers=") else f"transfer={target}: {text}"
+            ) from None
 
     def features(self, x: Tensor) -> list[Tensor]:
         """[M,C,H,W] in [0, 1] -> maps [M,D,h,w] of the layers; images are fitted to sizes that the backbone takes."""
@@ -58,7 +62,8 @@ class Transfer:
             x = x.expand(-1, self.backbone.in_chans, -1, -1)
         return self.backbone.feature_maps((x - self._mean) / self._std, layers=self.layers, norm=False)
 
-    def __call__(self, contents: Tensor, styles: Tensor) -> Tensor:
+    def __call__(self, contents: Tensor, styles: Tensor, look: Callable[[], None] = lambda: None) -> Tensor:
+        """`look` is called before every step, and may raise."""
         contents, styles = contents.to(self.device), styles.to(self.device)
         with torch.no_grad():
             kept = self.features(contents)[-1]
@@ -67,6 +72,7 @@ class Transfer:
         optimizer = torch.optim.Adam([x], lr=_RATE)
         with torch.enable_grad():
             for _ in range(self.steps):
+                look()
                 loss = self.loss(x, kept, wanted)
                 (x.grad,) = torch.autograd.grad(loss, x)
                 optimizer.step()

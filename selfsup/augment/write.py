@@ -8,19 +8,22 @@
 A line is written when its file is there, in order, all copies of an image at once; so what the manifest holds is what is done.
 """
 
+import contextlib
 import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from selfsup import durable
+from selfsup.augment.folder import HEAD, MANIFEST, alone, append, begin, first_bad, writing
 from selfsup.augment.labels import coco
 from selfsup.augment.make import Made, Maker
 from selfsup.augment.settings import AugmentConfig
@@ -28,61 +31,62 @@ from selfsup.augment.transfer import Transfer
 from selfsup.data.modules import image_module, through
 from selfsup.data.views import COLUMN
 from selfsup.data.workers import items
-from selfsup.errors import UserError
+from selfsup.errors import EarlyStop, UserError
 from selfsup.log import duration
+from selfsup.signals import StopSignals
 from selfsup.wording import one_line
 
 _EVERY = 5.0  # seconds between lines of progress
-_MANIFEST, _RECIPE = "manifest.jsonl", "recipe.yaml"
 
 
 def write(maker: Maker, resume: bool) -> dict[str, int]:
-    """Everything into `maker.out`; how many files were written, now and before, and how many images could not be read."""
+    """Everything into `maker.out`; how many files were written, now and before, and how many images could not be read.
+
+    Raises UserError before anything is there for what the first image shows to be wrong; EarlyStop after a stop signal.
+    """
+    out = maker.out
+    with StopSignals() as signals:
+
+        def look() -> None:
+            if signals.received is not None:
+                raise EarlyStop(f"stopped; {out} is whole so far; the same command with --resume goes on")
+
+        network = Network(maker.config, maker.source.channels, look) if maker.config.on_device else None
+        maker.try_first(network if maker.config.module is not None else None)
+        with alone(out):
+            text = f"{HEAD}{maker.source.fingerprint()}\n{maker.config.text()}"
+            begun = begin(out, text, resume)
+            return _write(maker, network, begun, look)
+
+
+def _write(maker: Maker, network: "Network | None", begun: bool, look: Callable[[], None]) -> dict[str, int]:
     out, count = maker.out, len(maker.source)
-    begun = _begin(maker, resume)
-    done, counts = _done(out / _MANIFEST, begun, maker)
+    with writing(out / MANIFEST):
+        done, counts = _done(out / MANIFEST, begun, maker)
+        (out / MANIFEST).touch()
     progress = _Progress(done, count)
-    network = Network(maker.config, maker.source.channels) if maker.config.on_device else None
-    stream: Iterator[Made] = items(maker, done, count, workers=maker.config.workers)
-    with open(out / _MANIFEST, "ab") as manifest:
+    stream = items(maker, done, count, workers=maker.config.workers)
+    with open(out / MANIFEST, "ab", buffering=0) as manifest, contextlib.closing(stream):
         for records in _finished(stream, maker, network):
-            manifest.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
-            manifest.flush()
+            look()
+            with writing(out / MANIFEST):
+                append(manifest, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
             _count(counts, records)
-            _look(counts, maker.config)
+            _look(counts, maker)
             progress.advance(counts["files"])
-        os.fsync(manifest.fileno())
+        with writing(out / MANIFEST):
+            os.fsync(manifest.fileno())
+    if counts["bad"]:
+        if not counts["files"]:
+            raise UserError(f"none of {count:,} images can be read; the first, {first_bad(out)}")
+        print(f"{counts['bad']:,} images cannot be read; the first, {first_bad(out)}", file=sys.stderr, flush=True)
     if maker.boxes is not None:
-        with open(out / _MANIFEST, encoding="utf-8") as lines:
+        with open(out / MANIFEST, encoding="utf-8") as lines:
             made = coco([json.loads(line) for line in lines], maker.boxes.categories)
-        durable.write_atomically(out / "boxes.json", json.dumps(made))
+        with writing(out / "boxes.json"):
+            durable.write_atomically(out / "boxes.json", json.dumps(made))
     progress.close(counts["files"])
     return counts
-
-
-def _begin(maker: Maker, resume: bool) -> bool:
-    """Make the folder and write the recipe; whether there was a beginning, of the same recipe and data."""
-    out = maker.out
-    text = f"# selfsup augment; data {maker.source.fingerprint()}\n{maker.config.text()}"
-    recipe = out / _RECIPE
-    if recipe.is_file():
-        if not resume:
-            raise UserError(f"{out} holds an augmented data set; go on with --resume, or choose another folder")
-        if (seen := recipe.read_text(encoding="utf-8")) != text:
-            pairs = itertools.zip_longest(seen.splitlines(), text.splitlines(), fillvalue="")
-            old, new = next((a, b) for a, b in pairs if a != b)
-            raise UserError(
-                f"--resume: {recipe} was written with {one_line(old)!r}, now it is {one_line(new)!r}; use another folder"
-            )
-        return True
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there and holds other things; choose a folder that is new or empty")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        durable.write_atomically(recipe, text)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
-    return False
 
 
 def _done(path: Path, begun: bool, maker: Maker) -> tuple[int, dict[str, int]]:
@@ -134,12 +138,12 @@ def _count(counts: dict[str, int], records: list[dict[str, Any]]) -> None:
     counts["files"] += len(records) - bad
 
 
-def _look(counts: dict[str, int], config: AugmentConfig) -> None:
-    bad, seen = counts["bad"], counts["images"]
-    if bad >= 10 and bad > config.max_bad_fraction * seen:
+def _look(counts: dict[str, int], maker: Maker) -> None:
+    bad, seen, most = counts["bad"], counts["images"], maker.config.max_bad_fraction
+    if bad >= 10 and bad > most * seen:
         raise UserError(
-            f"{bad} of {seen} images cannot be read, more than max_bad_fraction={config.max_bad_fraction:g}; "
-            f"{_MANIFEST} lists them ('bad')"
+            f"{bad} of {seen} images cannot be read, more than max_bad_fraction={most:g}; {MANIFEST} lists them ('bad'), "
+            f"the first, {first_bad(maker.out)}"
         )
 
 
@@ -147,28 +151,51 @@ def _look(counts: dict[str, int], config: AugmentConfig) -> None:
 
 
 class Network:
-    """A batch of images of one size through `module` or `transfer`."""
+    """A batch of images of one size through `module` or `transfer`; `look` is called now and then, and may raise."""
 
-    def __init__(self, config: AugmentConfig, channels: int) -> None:
-        self.config = config
+    def __init__(self, config: AugmentConfig, channels: int, look: Callable[[], None] = lambda: None) -> None:
+        self.config, self.look = config, look
         name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cuda" and not torch.cuda.is_available():
             raise UserError("device=cuda: torch sees no CUDA device here; use device=cpu or device=auto")
         self.device = torch.device(name)
         if config.module is not None:
-            self.module = image_module(config.module, channels, self.device)
+            self.module = _Checked(image_module(config.module, channels, self.device), config.module)
         else:
             steps, weight, layers = config.transfer_steps, config.transfer_weight, config.transfer_layers
             self.transfer = Transfer(str(config.transfer), channels, steps, weight, layers, self.device)
 
     def __call__(self, images: list[np.ndarray], others: list[np.ndarray]) -> list[np.ndarray]:
         """uint8 [H,W,C] each -> the same."""
+        self.look()
         x = _stacked(images)
         if self.config.module is not None:
             y = through(self.module, x.to(self.device), np.ones(len(x))).cpu()
         else:
-            y = (self.transfer(x.float() / 255, _stacked(others).float() / 255) * 255).round().to(torch.uint8)
+            y = self.transfer(x.float() / 255, _stacked(others).float() / 255, self.look)
+            y = (y * 255).round().to(torch.uint8)
         return [np.ascontiguousarray(image.permute(1, 2, 0).numpy()) for image in y]
+
+
+class _Checked(nn.Module):
+    """A user's module with images of any size. Raises UserError naming the size where it fails, and for what is not finite."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__()
+        self.module, self.name = module, one_line(name)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 [M,C,H,W] -> the same."""
+        try:
+            y = self.module(x)
+        except Exception as error:  # a user's own code
+            raise UserError(f"module={self.name!r} cannot take images {list(x.shape)}: {one_line(error)}") from None
+        if not isinstance(y, torch.Tensor) or y.shape != x.shape:
+            seen = list(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
+            raise UserError(f"module={self.name!r} gives {seen} for images {list(x.shape)}; it must keep their shape")
+        if not bool(torch.isfinite(y).all()):
+            raise UserError(f"module={self.name!r} gives NaN or infinity for images {list(x.shape)}; values are 0 to 1")
+        return y
 
 
 def _stacked(images: list[np.ndarray]) -> torch.Tensor:

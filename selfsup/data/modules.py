@@ -30,13 +30,16 @@ def image_module(name: str, channels: int, device: torch.device, size: int = _SI
         )
     try:
         made = getattr(importlib.import_module(where), attribute)()
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise UserError(f"module={one_line(name)!r}: cannot be imported and called: {one_line(error)}") from None
+    except (Exception, SystemExit) as error:  # a user's own code
+        why = one_line(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {one_line(error)}"
+        missing = isinstance(error, ModuleNotFoundError) and where.split(".")[0] == error.name
+        hint = "; it must be installed, or its folder on PYTHONPATH" if missing else ""
+        raise UserError(f"module={one_line(name)!r}: cannot be imported and called: {why}{hint}") from None
     if not isinstance(made, nn.Module):
         raise UserError(f"module={one_line(name)!r} gives a {type(made).__name__}; an nn.Module is needed")
-    made = made.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
     probe = torch.full((2, channels, size, size), 0.5, device=device)
     try:
+        made = made.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
         with torch.no_grad():
             got = made(probe)
     except Exception as error:  # a user's own code

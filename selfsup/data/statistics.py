@@ -218,6 +218,11 @@ def stored_channels(raw: Any, source: Source) -> int:
     return count_of(_array(raw, None, source).shape)
 
 
+def stored_array(raw: Any, source: Source) -> np.ndarray:
+    """What `Source.raw` gives, of its own type: [H,W], [H,W,C] or [C,H,W]."""
+    return _array(raw, None, source)
+
+
 def count_of(shape: tuple[int, ...]) -> int:
     """Of an array [H,W], [H,W,C] or [C,H,W]."""
     return 1 if len(shape) == 2 else min(shape[0], shape[2]) if len(shape) == 3 else 0

@@ -171,7 +171,7 @@ def test_the_documented_commands(photos: Path, tmp_path: Path) -> None:
         (["rotat=3"], "rotate"),
         (["rotate=3", "size=32"], "views.global.size"),
         (["hflip=0.5", "masks=nowhere"], "masks=nowhere"),
-        (["hflip=0.5", "masks=MASKS/animal"], "no mask for"),
+        (["hflip=0.5", "masks=MASKS/animal"], "no mask "),
         (["hflip=0.5", "boxes=MASKS/animal/chelsea0.png"], "COCO"),
         (["hflip=0.5", "styles=IMAGES"], "style=fourier"),
         (["module=a.b:C", "transfer=demo"], "one of them"),

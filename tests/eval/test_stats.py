@@ -142,3 +142,22 @@ def test_refusals(tmp_path):
         stats.run(str(tmp_path), clip=(90, 10))
     with pytest.raises(UserError, match="no such folder"):
         stats.run(str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"--background 300 0 0: .* 0 to 255"):
+        stats.run(str(tmp_path), background=(300, 0, 0))
+    with pytest.raises(UserError, match=r"--out .*a.png cannot be written to"):
+        stats.run(str(tmp_path), out=tmp_path / "a.png" / "b.yaml")
+    with pytest.raises(UserError, match=r"--picture .*x.yaml: pictures are PNG"):
+        stats.run(str(tmp_path), picture=tmp_path / "x.yaml")
+
+
+def test_the_table_is_there_before_a_file_fails(tmp_path, capsys, monkeypatch):
+    """A disk that is full at the end does not cost the measurement."""
+    Image.fromarray(photographs(1)[0]).save(tmp_path / "a.png")
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stats.Path, "write_text", full)
+    with pytest.raises(UserError, match=r"--out .*No space left"):
+        stats.run(str(tmp_path), workers=0, out=tmp_path / "b.yaml")
+    assert "to paste into a recipe" in capsys.readouterr().out
