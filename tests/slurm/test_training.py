@@ -249,7 +249,7 @@ def test_sweep(runs: Runs):
 def test_without_sacct_and_after_slurm_forgot(runs: Runs):
     """squeue, scontrol, and then the run's own words: nothing waits for ever, nothing ended shows as running."""
     runs.slurm.reconfigure(sacct=False, MinJobAge=2)
-    run = runs.submit("no sacct", "steps=60")
+    run = runs.submit("no sacct", "steps=400")
     assert run.status()["state"] in ("queued", "running")
     run.until(lambda: run.status()["state"] == "completed", 120, "never completed")
     run.until(lambda: not run.slurm.job(run.job), 120, "Slurm does not forget it")
