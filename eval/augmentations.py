@@ -46,7 +46,7 @@ def run(
     batch = maker(0, 0)
     originals = [_original(source, int(i)) for i in batch.ids]
     try:
-        drawn = sheet(batch, maker.groups, config.mean, config.std, most=count, originals=originals)
+        drawn = sheet(batch, maker.groups, config.mean, config.std, most=count, originals=originals, part=maker.part)
         write_sheet(out or path, drawn)
     except OSError as error:
         raise UserError(f"{out or path}: cannot be written: {error.strerror}; name another file with --out") from None

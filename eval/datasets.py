@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from selfsup.backbones.clips import ClipBackbone
-from selfsup.backbones.volumes import VolumeBackbone
-from selfsup.config import DataConfig
+from selfsup.config import DataConfig, Section
 from selfsup.data.sources import BadImage, Source, Subset, open_source
 from selfsup.data.split import split
 from selfsup.errors import UserError
@@ -119,7 +117,7 @@ def open_pair(target: Target, settings: FeatureSettings, channels: int | None = 
 
     channels: default: what the target takes. Raises UserError if there is no data, or none of it is labelled.
     """
-    if isinstance(target.backbone, VolumeBackbone):
+    if target.backbone is not None and target.backbone.sees == "volumes":
         raise UserError(f"{target.name} sees volumes, and this is of images; there is selfsup eval segment3d")
     train_spec, val_spec = specs(target, settings)
     channels, options = channels or channels_of(target, settings, train_spec), data_options(target, settings)
@@ -190,13 +188,17 @@ def specs(target: Target, settings: FeatureSettings) -> tuple[str, str | None]:
     return ("demo:train" if train == "demo" else train), val
 
 
-def data_options(target: Target, settings: ImageSettings) -> DataConfig:
+def read_as(target: Target, given: Section) -> DataConfig:
+    """How images, clips or volumes are read: as the keys of a verb's `data` say, else as the target's run read them."""
     base = target.config.data if target.config is not None else DataConfig()
-    keys = ("value_range", "max_pixels", "depth", "background", "frames", "stride", "clips")
-    given = {k: v for k in keys if (v := getattr(settings.data, k)) is not None}
-    if base.frames is None and isinstance(target.backbone, ClipBackbone):
-        given.setdefault("frames", target.backbone.frames)
-    found = base.model_copy(update=given)
+    keys = (type(given).model_fields.keys() & DataConfig.model_fields.keys()) - {"path", "val"}
+    return base.model_copy(update={k: v for k in keys if (v := getattr(given, k)) is not None})
+
+
+def data_options(target: Target, settings: ImageSettings) -> DataConfig:
+    found = read_as(target, settings.data)
+    if found.frames is None and target.backbone is not None and target.backbone.sees == "clips":
+        found = found.model_copy(update={"frames": target.backbone.model.frames})
     if found.frames is not None and found.depth != 8:
         raise UserError(f"data.depth={found.depth}: clips (data.frames) have 8 bits; leave it out")
     return found

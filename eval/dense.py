@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from selfsup.backbones import Backbone
 from selfsup.data.eval_transform import eval_batches
+from selfsup.data.mask_files import matched, read_ids
 from selfsup.data.sources import Source
 from selfsup.errors import UserError
 
 from .features import Transform
-from .masks import matched, read_ids
 from .targets import Target
 
 _BATCH = 16

@@ -1,32 +1,26 @@
 """The optimizer of what is trained on a backbone's maps: AdamW with a warm-up and a cosine to 0, the same for every head."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor, nn
 
-from selfsup.config import Duration, OptimizerConfig
+from selfsup.config import OptimizerConfig
 from selfsup.errors import UserError
 from selfsup.optim import clip_gradients, create_optimizer, parameter_groups, set_hyperparameters
 from selfsup.schedules import Plan, learning_rate
 
+from .detect_settings import DetectSettings
+from .segment_settings import SegmentSettings
+from .volume_settings import Segment3dSettings
 
-class DescentSettings(Protocol):
-    """The keys that a verb's settings have for it."""
-
-    lr: float | None
-    weight_decay: float
-    layer_decay: float
-    warmup: Duration
-    clip: float | None
-    batch: int
+Settings = SegmentSettings | DetectSettings | Segment3dSettings
 
 
-def steps_of(settings: Any, images: int, usual: float) -> int:
+def steps_of(settings: SegmentSettings | DetectSettings, images: int, usual: float) -> int:
     """`settings.steps` as given, else those of `settings.epochs`, by default of `usual` ones and at least 300."""
     if settings.steps is not None:
-        return int(settings.steps)
+        return settings.steps
     epochs, least = (usual, 300) if settings.epochs is None else (settings.epochs, 1)
     return max(least, round(epochs * images / settings.batch))
 
@@ -39,19 +33,18 @@ class Descent:
     """
 
     def __init__(
-        self, named: Iterable[tuple[str, nn.Parameter]], settings: Any, *, frozen: bool, steps: int, images: int
+        self, named: Iterable[tuple[str, nn.Parameter]], settings: Settings, *, frozen: bool, steps: int, images: int
     ) -> None:
-        keys: DescentSettings = settings
         named = list(named)
-        self.peak, self.steps = keys.lr or (1e-3 if frozen else 1e-4), steps
+        self.peak, self.steps = settings.lr or (1e-3 if frozen else 1e-4), steps
         config = OptimizerConfig(
-            lr=self.peak, min_lr=0.0, warmup=keys.warmup, weight_decay=keys.weight_decay, weight_decay_end=None
+            lr=self.peak, min_lr=0.0, warmup=settings.warmup, weight_decay=settings.weight_decay, weight_decay_end=None
         )
-        groups = parameter_groups(named, layer_decay=1.0 if frozen else keys.layer_decay)
+        groups = parameter_groups(named, layer_decay=1.0 if frozen else settings.layer_decay)
         self.optimizer = create_optimizer(config, groups, self.peak)
-        self._rate = learning_rate(config, self.peak, Plan(steps, images, keys.batch))
+        self._rate = learning_rate(config, self.peak, Plan(steps, images, settings.batch))
         self._parameters = [p for _, p in named]
-        self._clip, self._decay = keys.clip, keys.weight_decay
+        self._clip, self._decay = settings.clip, settings.weight_decay
 
     def __call__(self, loss: Tensor, step: int) -> None:
         """Take the step."""

@@ -3,7 +3,6 @@
 Nothing is chosen on the val images: they are looked at once, by the weights of the last step.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from selfsup import dist
 from selfsup.errors import UserError
 
 from . import results
+from .datasets import read_as
 from .detect_data import Batches, Picture, check, class_names, fingerprint
 from .detect_figures import Found, check_installed, interval, matches, precision
 from .detect_layouts import open_parts
@@ -23,7 +23,6 @@ from .detect_settings import DetectSettings
 from .detect_train import detect, train_detector
 from .progress import Progress
 from .segment_data import Classes, Reader
-from .segment_subject import value_range_of
 from .settings import resolve
 from .shown import spread
 from .targets import Target, open_target
@@ -61,7 +60,7 @@ def evaluate(target: str, settings: DetectSettings, out: Path | None = None) -> 
     if backbone is None:
         raise UserError("eval detect: pixels have no maps of features; give a run or a backbone")
     short, long, square = sides(opened, settings)
-    values = value_range_of(opened, settings)
+    values = read_as(opened, settings.data).value_range
     reader = Reader(backbone.in_chans, settings.data.max_pixels, values, Classes(names, np.zeros(0)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -100,16 +99,14 @@ def evaluate(target: str, settings: DetectSettings, out: Path | None = None) -> 
     }
     result = results.result("detect", opened, metrics, protocol)
     result["per_class"] = per_class
-    path = out or results.path_in_run("detect", opened)
-    if path is not None and rows:
+
+    def draw(path: Path) -> Path:
         from .detect_pictures import sheet
 
-        picture = path.with_suffix(".png")
-        picture.parent.mkdir(parents=True, exist_ok=True)
         title = f"{settings.detector} on {opened.name}: mAP {100 * metrics['map']:.1f} %, mAP50 {100 * metrics['map50']:.1f} %"
-        result["pictures"] = [str(sheet(rows, names, title, picture, settings.shown))]
-    json.dumps(result, allow_nan=False)
-    results.save(result, opened, out)
+        return sheet(rows, names, title, path, settings.shown)
+
+    results.save_with_sheet(result, opened, out, draw if rows else None)
     return result
 
 

@@ -1,16 +1,15 @@
 """Keys of `selfsup eval detect`."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from selfsup.config import Duration, Positive, Section, ValueRange
+from selfsup.config import Duration, Positive, Section
 
 from .many import Many
-from .short_forms import expanded
+from .segment_settings import MaskData, Rate, SegmentData, Weight
+from .short_forms import ShortForms
 
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Part = Annotated[float, Field(ge=0, le=1)]
 Stride = Annotated[int, Field(ge=4, le=32)]
 
@@ -18,20 +17,12 @@ Stride = Annotated[int, Field(ge=4, le=32)]
 _STRIDES = {(4, 8, 16, 32)[a:b] for a in range(4) for b in range(a + 1, 5)}
 
 
-class DetectData(Section):
+class DetectData(SegmentData):
     """Where images come from: a folder of images, or the root of a data set whose layout is known (see `detect_layouts`)."""
 
-    path: str | None = None
-    val: str | None = None
-    value_range: ValueRange | None = None
-    max_pixels: Positive = 100_000_000
 
-
-class BoxData(Section):
+class BoxData(MaskData):
     """Where boxes come from: a COCO .json file, or a folder of Pascal VOC .xml or YOLO .txt files; see `detect_formats`."""
-
-    path: str | None = None
-    val: str | None = None
 
 
 class DetectLoss(Section):
@@ -49,7 +40,7 @@ class DetectLoss(Section):
     """Of the focal loss: the weight of positives; null: none. Not for fasterrcnn, whose classes exclude each other."""
 
 
-class DetectSettings(Section):
+class DetectSettings(ShortForms):
     """`selfsup eval detect`."""
 
     SHORT_FORMS: ClassVar[dict[str, str]] = {"boxes": "path", "loss": "box"}
@@ -117,11 +108,6 @@ class DetectSettings(Section):
     workers: Annotated[int, Field(ge=0)] = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: Annotated[int, Field(ge=0)] = 0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_forms(cls, values: Any) -> Any:
-        return expanded(values, cls.SHORT_FORMS)
 
     @model_validator(mode="after")
     def _check(self) -> "DetectSettings":

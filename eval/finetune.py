@@ -22,7 +22,7 @@ from . import results
 from .class_names import LabelledImages
 from .classify import OpenRun, measure, open_subject, report
 from .datasets import Labelled, LabelledPair, labelled_only, open_pair
-from .settings import FeatureSettings, FinetuneSettings, resolve
+from .settings import EvalData, FeatureSettings, FinetuneSettings, resolve
 from .targets import Target, open_target
 
 Train = Callable[[Config, Path, Source], Any]
@@ -112,9 +112,7 @@ def compose(target: Target, settings: FinetuneSettings, pair: LabelledPair) -> C
         "std": backbone.std,
         "classes": pair.classes,
     }
-    for key in ("value_range", "max_pixels", "depth", "background", "frames", "stride", "clips"):
-        given = getattr(settings.data, key)
-        data[key] = given if given is not None else getattr(pair.train.source.config, key)
+    data |= {key: getattr(pair.train.source.config, key) for key in EvalData.model_fields if key not in ("path", "val")}
     forced: dict[str, Any] = {"data": data}
     if target.kind != "random":
         forced["init_from"] = {"path": target.name, "heads": "fresh"}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from selfsup import dist
 from selfsup.backbones import Backbone
+from selfsup.data import mask_files
 from selfsup.data.arrays import eight_bits
 from selfsup.data.base import Source
 from selfsup.data.batch import pixel_size
@@ -24,7 +25,7 @@ from selfsup.data.eval_transform import resized
 from selfsup.data.sources import BadImage, open_source
 from selfsup.errors import UserError
 
-from . import masks, results
+from . import results
 from .canvas import INK, bare, new_figure, save
 from .datasets import data_options
 from .davis import contour, region
@@ -102,7 +103,7 @@ def open_frames(target: Target, settings: PropagateSettings) -> tuple[Source, np
         raise UserError(f"data={settings.data.path}: {len(source)} frame; two or more are needed")
     path, truths = Path(settings.masks).expanduser(), None
     if path.is_dir():
-        found = masks.find(image_names(source, settings.data.path), path)
+        found = mask_files.find(image_names(source, settings.data.path), path)
         if found[0] is None:
             raise UserError(f"masks={path}: no {Path(source.name(0)).stem}.png, the mask of the first frame")
         every = [mask for mask in found if mask is not None]

@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +88,19 @@ def save(result: Mapping[str, Any], target: "Target", out: Path | None) -> Path 
     if path is not None:
         write(result, path)
     return path
+
+
+def save_with_sheet(
+    result: dict[str, Any], target: "Target", out: Path | None, draw: Callable[[Path], Path] | None
+) -> None:
+    """As `save`, with the picture beside the file that `draw` makes; None: there is nothing to draw."""
+    path = out or path_in_run(result["task"], target)
+    if path is not None and draw is not None:
+        picture = path.with_suffix(".png")
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        result["pictures"] = [str(draw(picture))]
+    json.dumps(result, allow_nan=False)
+    save(result, target, out)
 
 
 def write(result: Mapping[str, Any], path: Path) -> None:

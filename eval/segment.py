@@ -4,7 +4,6 @@ Nothing is chosen on the val images: they are looked at once, by the weights of 
 the result; given as TARGET, it is measured on other images, or predicts masks for them, and nothing is trained.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -87,16 +86,14 @@ def evaluate(target: str, settings: SegmentSettings, out: Path | None = None) ->
         protocol["note"] = f"predicted masks are in {writer.out}"
     result = results.result("segment", opened, metrics, protocol)
     result["per_class"] = per_class(counts, model.classes)
-    path = out or results.path_in_run("segment", opened)
-    if path is not None and rows:
+
+    def draw(path: Path) -> Path:
         from .segment_pictures import sheet
 
-        picture = path.with_suffix(".png")
-        picture.parent.mkdir(parents=True, exist_ok=True)
         title = f"{protocol['head']} on {opened.name}: mIoU {100 * metrics['miou']:.1f} %"
-        result["pictures"] = [str(sheet(rows, model.classes, title, picture))]
-    json.dumps(result, allow_nan=False)
-    results.save(result, opened, out)
+        return sheet(rows, model.classes, title, path)
+
+    results.save_with_sheet(result, opened, out, draw if rows else None)
     return result, counts
 
 

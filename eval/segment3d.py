@@ -3,7 +3,6 @@
 Nothing is chosen on the val volumes: they are looked at once, by the weights of the last step.
 """
 
-import json
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from selfsup.errors import UserError
 from selfsup.losses.segmentation import pixel_cross_entropy, soft_dice
 
 from . import results
+from .datasets import read_as
 from .descent import Descent
 from .progress import Progress
 from .settings import resolve
@@ -87,16 +87,14 @@ def evaluate(target: str, settings: Segment3dSettings, out: Path | None = None) 
     }
     result = results.result("segment3d", opened, metrics, protocol)
     result["per_class"] = per_class(counted, reader.names, surfaces)
-    path = out or results.path_in_run("segment3d", opened)
-    if path is not None and rows:
+
+    def draw(path: Path) -> Path:
         from .segment_pictures import sheet
 
-        picture = path.with_suffix(".png")
-        picture.parent.mkdir(parents=True, exist_ok=True)
         title = f"UNETR on {opened.name}: Dice {100 * metrics['dice']:.1f} %"
-        result["pictures"] = [str(sheet(rows, reader.names, title, picture))]
-    json.dumps(result, allow_nan=False)
-    results.save(result, opened, out)
+        return sheet(rows, reader.names, title, path)
+
+    results.save_with_sheet(result, opened, out, draw if rows else None)
     return result
 
 
@@ -112,12 +110,11 @@ def _shape(opened: Target, settings: Segment3dSettings) -> tuple[int, int, int]:
 
 
 def _data(opened: Target, settings: Segment3dSettings) -> DataConfig:
-    """How values are read: as given, else as the run read them."""
-    base = opened.config.data if opened.config is not None else DataConfig()
-    given = {k: v for k, v in settings.data.model_dump(exclude={"path", "val"}).items() if v is not None}
-    if "percentiles" in given and "value_range" not in given:
-        given["value_range"] = None
-    return base.model_copy(update=given)
+    """How values are read: as given, else as the run read them; percentiles that are given go before the run's window."""
+    found = read_as(opened, settings.data)
+    if settings.data.percentiles is not None and settings.data.value_range is None:
+        found = found.model_copy(update={"value_range": None})
+    return found
 
 
 def _train(model: UNETR, crops: VolumeCrops, settings: Segment3dSettings, device: torch.device) -> dict[str, Any]:

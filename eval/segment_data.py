@@ -15,9 +15,9 @@ from PIL import Image
 
 from selfsup.data.arrays import ValueRange
 from selfsup.data.decode import BadImage, decode
+from selfsup.data.mask_files import IDS, read_ids
 from selfsup.errors import UserError
 
-from .masks import IDS, read_ids
 from .progress import Progress
 from .segment_layouts import Layout, Pairs
 from .segment_settings import SegmentSettings

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from selfsup.data.decode import SUFFIXES
+from selfsup.data.mask_files import files, matched
 from selfsup.errors import UserError
 from selfsup.randomness import generator
 
-from .masks import files, matched
 from .segment_settings import SegmentSettings
 
 _TAG = 0x5E65117

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from selfsup.config import Duration, Positive, Section, ValueRange
 
 from .many import Many
-from .short_forms import expanded
+from .short_forms import ShortForms
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -57,7 +57,7 @@ class SegmentLoss(Section):
         return self
 
 
-class SegmentSettings(Section):
+class SegmentSettings(ShortForms):
     """`selfsup eval segment`."""
 
     SHORT_FORMS: ClassVar[dict[str, str]] = {"masks": "path", "loss": "name"}
@@ -126,11 +126,6 @@ class SegmentSettings(Section):
     workers: Annotated[int, Field(ge=0)] = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: Annotated[int, Field(ge=0)] = 0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_forms(cls, values: Any) -> Any:
-        return expanded(values, cls.SHORT_FORMS)
 
     @model_validator(mode="after")
     def _check(self) -> "SegmentSettings":

@@ -13,6 +13,7 @@ import torch
 from selfsup.errors import UserError
 
 from . import results, segment_model
+from .datasets import read_as
 from .segment_crops import Crops
 from .segment_data import Classes, Reader, check_masks, fingerprint, open_classes
 from .segment_layouts import Pairs, data_folder, known_layout, open_layout, open_val
@@ -148,16 +149,10 @@ def _folder(target: Target, out: Path | None) -> Path | None:
 def _key(target: Target, settings: SegmentSettings, classes: Classes, size: int, train_fingerprint: str) -> str:
     """Digest of all that the trained weights are a function of."""
     kept = settings.model_dump(mode="json", exclude=_NOT_TRAINING | {"data", "classes", "ids", "ignore"})
-    kept |= {"size": size, "device": target.device.type, "value_range": value_range_of(target, settings)}
+    kept |= {"size": size, "device": target.device.type, "value_range": read_as(target, settings.data).value_range}
     kept |= {"names": classes.names, "table": hashlib.sha256(classes.table.tobytes()).hexdigest()}
     text = json.dumps([kept, target.checkpoint_hash, train_fingerprint], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def value_range_of(target: Target, settings: Any) -> Any:
-    """As given, else as the run read its images."""
-    run = target.config.data.value_range if target.config is not None else None
-    return run if settings.data.value_range is None else settings.data.value_range
 
 
 def _fresh(target: Target, settings: SegmentSettings, classes: Classes, size: int) -> SegmentModel:
@@ -168,4 +163,4 @@ def _fresh(target: Target, settings: SegmentSettings, classes: Classes, size: in
             target.backbone, settings.head, len(classes), width=settings.width, dropout=settings.dropout,
             frozen=settings.trunk == "frozen",
         )  # fmt: skip
-    return SegmentModel(segmenter, classes, size, value_range_of(target, settings)).to(target.device)
+    return SegmentModel(segmenter, classes, size, read_as(target, settings.data).value_range).to(target.device)

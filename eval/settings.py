@@ -13,6 +13,7 @@ from selfsup.errors import UserError
 from .detect_settings import DetectSettings
 from .many import Many
 from .segment_settings import SegmentSettings
+from .short_forms import ShortForms
 from .volume_settings import Segment3dSettings
 
 Pooling = Literal["pooled", "cls", "patchmean", "cls+patchmean"]
@@ -58,7 +59,7 @@ class EvalData(Section):
     """Of each video, evenly spaced, whose features are averaged; default: the run's, else the middle one alone."""
 
 
-class ImageSettings(Section):
+class ImageSettings(ShortForms):
     """Keys shared by every verb: which images, how they are read, and by what."""
 
     data: EvalData = EvalData()
@@ -74,11 +75,6 @@ class ImageSettings(Section):
     workers: Annotated[int, Field(ge=0)] = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: Annotated[int, Field(ge=0)] = 0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_forms(cls, values: Any) -> Any:
-        return config.expand_short_forms(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _check(self) -> "ImageSettings":

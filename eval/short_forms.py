@@ -1,17 +1,25 @@
 """`masks=X` for `masks.path=X`: short forms of a verb's own keys."""
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import model_validator
 
 from selfsup.config import Section, expand_short_forms
 
 
-def expanded(values: Any, forms: Mapping[str, str]) -> Any:
-    """With the usual short forms and these (key -> the key inside it) written out; what is no mapping stays as it is."""
-    if not isinstance(values, dict):
-        return values
-    out = expand_short_forms(values)
-    for key, inner in forms.items():
-        if key in out and not isinstance(out[key], (dict, Section)):
-            out[key] = {inner: out[key]} if out[key] is not None else {}
-    return out
+class ShortForms(Section):
+    """Settings of a verb, with the usual short forms and those of SHORT_FORMS."""
+
+    SHORT_FORMS: ClassVar[dict[str, str]] = {}
+    """Key -> the key inside it that is meant where the value is no group of keys."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        out = expand_short_forms(values)
+        for key, inner in cls.SHORT_FORMS.items():
+            if key in out and not isinstance(out[key], (dict, Section)):
+                out[key] = {inner: out[key]} if out[key] is not None else {}
+        return out

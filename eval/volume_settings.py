@@ -1,6 +1,6 @@
 """Keys of `selfsup eval segment3d`."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -8,7 +8,7 @@ from selfsup.config import Duration, Positive, Range, Section, ValueRange
 
 from .many import Many
 from .segment_settings import Id, MaskData, Rate, Weight
-from .short_forms import expanded
+from .short_forms import ShortForms
 
 
 class VolumeData(Section):
@@ -23,7 +23,7 @@ class VolumeData(Section):
     max_pixels: Positive | None = None
 
 
-class Segment3dSettings(Section):
+class Segment3dSettings(ShortForms):
     """`selfsup eval segment3d`."""
 
     SHORT_FORMS: ClassVar[dict[str, str]] = {"masks": "path"}
@@ -72,11 +72,6 @@ class Segment3dSettings(Section):
     workers: Annotated[int, Field(ge=0)] = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: Annotated[int, Field(ge=0)] = 0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_forms(cls, values: Any) -> Any:
-        return expanded(values, cls.SHORT_FORMS)
 
     @model_validator(mode="after")
     def _check(self) -> "Segment3dSettings":

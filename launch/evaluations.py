@@ -19,8 +19,8 @@ from typing import Any
 
 from selfsup import config as configuration
 from selfsup import durable
+from selfsup.config import Config
 from selfsup.errors import UserError
-from selfsup.schema import Config
 
 from . import commands, submission
 from .cluster import Cluster

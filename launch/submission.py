@@ -7,8 +7,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from selfsup import config, durable
+from selfsup.config import Section
 from selfsup.errors import UserError
-from selfsup.schema import Section
 
 from .cluster import Cluster
 

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from selfsup import methods
 from selfsup.backbones import Backbone, mit
 from selfsup.backbones.create import build, wrap
-from selfsup.backbones.volumes import VolumeBackbone
 from selfsup.errors import UserError
 from selfsup.log import duration
 from selfsup.wording import one_line
@@ -163,11 +162,8 @@ def _built(name: str, size: int) -> Backbone:
 def _counted(backbone: Backbone, size: int) -> tuple[float, tuple[int, ...]]:
     """(floating-point operations of one image, axes of the last map); of a clip of the frames, of a volume of the size that it
     is built for."""
-    shape: tuple[int, ...] = (1, backbone.in_chans * getattr(backbone, "frames", 1), size, size)
-    if isinstance(backbone, VolumeBackbone):
-        shape = (1, backbone.in_chans, *backbone.volume_size)
     with torch.device("meta"):
-        images = torch.zeros(shape)
+        images = torch.zeros(1, *backbone.input_shape(size))
     try:
         with _counter() as counter:
             grid = backbone(images).patches.shape[2:]

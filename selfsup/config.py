@@ -1,6 +1,6 @@
 """The configuration: recipes in YAML, dotted overrides from the command line, faults explained in one line.
 
-`load(recipe, overrides)` gives a `Config` (see `selfsup.schema`). Unknown keys are refused with a suggestion; `dump`
+`load(recipe, overrides)` gives a `Config` (see `selfsup.schema.whole`). Unknown keys are refused with a suggestion; `dump`
 writes a file that is itself a recipe. Options that belong to a method are checked by `selfsup.methods` against that
 method's own schema; options of a backbone are passed to timm.
 """
@@ -22,32 +22,32 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from selfsup.errors import UserError
-from selfsup.schema import (
+from selfsup.schema.data import DataConfig, MixConfig
+from selfsup.schema.kinds import (
     SHORT_FORMS,
-    BackboneConfig,
-    CheckpointConfig,
-    Config,
-    Crops,
-    DataConfig,
     Duration,
-    EarlyStopConfig,
-    EvalConfig,
-    InitConfig,
     Level,
-    MethodConfig,
-    MixConfig,
     OpenSection,
-    OptimizerConfig,
     Positive,
     Probability,
     Range,
     Section,
-    TeacherConfig,
     ValueRange,
-    ViewsConfig,
     expand_short_forms,
     parse_duration,
 )
+from selfsup.schema.training import (
+    BackboneConfig,
+    CheckpointConfig,
+    EarlyStopConfig,
+    EvalConfig,
+    InitConfig,
+    MethodConfig,
+    OptimizerConfig,
+    TeacherConfig,
+)
+from selfsup.schema.views import Crops, ViewsConfig
+from selfsup.schema.whole import Config
 from selfsup.wording import one_line
 
 __all__ = [

@@ -337,7 +337,8 @@ class Run:
         try:
             from selfsup.data.sheet import sheet, write_sheet  # once a run
 
-            drawn = sheet(batch, self.loader.make.groups, self.config.mean, self.config.std)
+            make = self.loader.make
+            drawn = sheet(batch, make.groups, self.config.mean, self.config.std, part=make.part)
             write_sheet(self.out / "pictures" / "augmentations.png", drawn)
         except Exception as error:
             self.progress.note(f"no picture of the augmentations: {one_line(error, 200)}")

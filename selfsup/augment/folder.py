@@ -5,14 +5,15 @@ import fcntl
 import itertools
 import json
 import os
-import socket
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
 from selfsup import durable
 from selfsup.errors import DiskError, UserError
+from selfsup.guard.processes import Process
 from selfsup.wording import one_line
 
 MANIFEST, RECIPE, _LOCK = "manifest.jsonl", "recipe.yaml", ".lock"
@@ -53,7 +54,7 @@ def alone(out: Path) -> Iterator[None]:
         try:
             with writing(out / _LOCK):
                 os.truncate(handle, 0)
-                os.pwrite(handle, f"{socket.gethostname()} {os.getpid()}".encode(), 0)
+                os.pwrite(handle, json.dumps(asdict(Process.current())).encode(), 0)
             yield
         finally:
             with contextlib.suppress(OSError):
@@ -67,31 +68,23 @@ def _lock(handle: int, out: Path) -> None:
         try:
             return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = os.pread(handle, 300, 0).decode(errors="replace")
-            if _alive(owner) or time.monotonic() > until:
-                who = f" (process {owner.split()[1]} on {owner.split()[0]})" if len(owner.split()) == 2 else ""
+            holder = _holder(handle)
+            if holder is None or holder.alive() is not False or time.monotonic() > until:
+                who = f" (process {holder.pid} on {one_line(holder.host)})" if holder is not None else ""
                 raise UserError(
-                    f"{out}: another selfsup augment writes here{one_line(who)}; wait for its end, or choose another folder"
+                    f"{out}: another selfsup augment writes here{who}; wait for its end, or choose another folder"
                 ) from None
             time.sleep(0.1)
         except OSError:
             return  # a file system without locks
 
 
-def _alive(owner: str) -> bool:
-    """Whether the process that has the lock is there, as far as this machine knows."""
-    host, _, number = owner.partition(" ")
-    if host != socket.gethostname() or not number.isdigit():
-        return True
+def _holder(handle: int) -> Process | None:
+    """Whose lock it is, by what it wrote there; None if that does not say it."""
     try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    with contextlib.suppress(OSError, IndexError):  # dead, and not yet waited for
-        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return True
+        return Process.parse(json.loads(os.pread(handle, 1000, 0)))
+    except ValueError:
+        return None
 
 
 def begin(out: Path, text: str, resume: bool) -> bool:

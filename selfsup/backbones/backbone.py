@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,12 @@ class Backbone(nn.Module):
         self._fixed: bool | None = None
 
     # ---------------------------------------------------------------------------------------------------- properties
+
+    sees: ClassVar[Literal["images", "clips", "volumes"]] = "images"
+
+    def input_shape(self, size: Size | None = None) -> tuple[int, ...]:
+        """Of one image [C, h, w] of `size`, default `image_size`; of a clip or a volume as the loader moves it or as it is."""
+        return (self.in_chans, *_pair(size or self.image_size))
 
     @property
     def input_size(self) -> int:

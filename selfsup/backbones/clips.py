@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from selfsup.backbones.backbone import Backbone
+from selfsup.backbones.backbone import Backbone, Size, _pair
 from selfsup.backbones.features import Features
 from selfsup.errors import UserError
 
@@ -15,6 +15,12 @@ class ClipBackbone(Backbone):
     `in_chans`: C, of a frame. `frames`: the T it was built for; it takes any. `Features.patches` and `feature_maps` are
     [B, D, T, h, w], `pooled` and `cls` are of the whole clip.
     """
+
+    sees = "clips"
+
+    def input_shape(self, size: Size | None = None) -> tuple[int, ...]:
+        """[T*C, h, w], with the T it was built for."""
+        return (self.frames * self.in_chans, *_pair(size or self.image_size))
 
     @property
     def frames(self) -> int:
@@ -49,12 +55,12 @@ class ClipBackbone(Backbone):
 def check_frames(backbones: dict[str, Backbone], frames: int | None) -> None:
     """Raise UserError unless the backbones take what `data.frames` makes: clips, or images."""
     for backbone in backbones.values():
-        takes_clips = isinstance(backbone, ClipBackbone)
+        takes_clips = backbone.sees == "clips"
         if frames is not None and not takes_clips:
             raise UserError(
                 f"data.frames={frames}: {backbone.name} takes images; use backbone=timesformer, or leave data.frames out"
             )
         if frames is None and takes_clips:
             raise UserError(
-                f"backbone.name={backbone.name}: it takes clips; give data.frames={backbone.frames}, and data with videos"
+                f"backbone.name={backbone.name}: it takes clips; give data.frames={backbone.model.frames}, and data with videos"
             )

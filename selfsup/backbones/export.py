@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from selfsup.backbones import mit
 from selfsup.backbones.backbone import Backbone, Size, _pair
-from selfsup.backbones.volumes import VolumeBackbone
 from selfsup.errors import UserError
 
 # Options that act in training only: an exported backbone is the same with and without them.
@@ -80,7 +79,7 @@ def export_onnx(backbone: Backbone, path: str | Path, size: Size | None = None) 
     size: pixels, default `backbone.image_size`. Returns the largest absolute difference to `backbone` that ONNX
     Runtime shows on noise. Raises UserError if the extra is not installed or the file cannot be written.
     """
-    if not isinstance(backbone, VolumeBackbone):
+    if backbone.sees != "volumes":
         backbone.check_size(_pair(size or backbone.image_size))
     with evaluating(backbone):
         module = _Outputs(_on_cpu(backbone)).eval()
@@ -201,18 +200,13 @@ def noise(backbone: Backbone, size: Size | None, batch: int) -> Tensor:
 
     For a backbone of clips [batch, T*C, h, w], of volumes [batch, C, D, h, w], with the T or the size that it was built for.
     """
-    h, w = _pair(size or backbone.image_size)
-    shape: tuple[int, ...] = (batch, backbone.in_chans * getattr(backbone, "frames", 1), h, w)
-    if isinstance(backbone, VolumeBackbone):
-        shape = (batch, backbone.in_chans, *backbone.volume_size)
+    shape = (batch, *backbone.input_shape(size))
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def unknown_to_timm(backbone: Backbone) -> str:
     """What a backbone is that timm has no model for; '' of all others."""
-    if isinstance(backbone, VolumeBackbone):
-        return "a model of volumes"
-    return "a model of clips" if hasattr(backbone, "frames") else ""
+    return "" if backbone.sees == "images" else f"a model of {backbone.sees}"
 
 
 def _on_cpu(backbone: Backbone) -> Backbone:

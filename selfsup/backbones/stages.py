@@ -90,7 +90,7 @@ def _intermediates(
     backbone: "Backbone", images: Tensor, layers: Sequence[int], whole: bool
 ) -> tuple[Any, list[Tensor]]:
     """(what `forward_features` gives, or None if not `whole`; a map a layer, in the order asked for)."""
-    if len(backbone.patch_shape) == 3 or hasattr(backbone, "frames"):
+    if backbone.sees != "images":
         raise UserError(
             f"{backbone.name} gives maps of three axes, where those of images are needed; choose another backbone"
         )

@@ -10,8 +10,6 @@ from selfsup.backbones.features import Features
 from selfsup.backbones.vit3d import Triple, triple
 from selfsup.errors import UserError
 
-"""What an exported folder says of itself."""
-
 
 class VolumeBackbone(Backbone):
     """A `Backbone` of volumes [B, C, D, H, W], or as the loader moves them, slice after slice, [B, D*C, H, W].
@@ -20,10 +18,16 @@ class VolumeBackbone(Backbone):
     `volume_size`: voxels (depth, height, width) it was built for; `image_size` is that of a slice.
     """
 
+    sees = "volumes"
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.volume_size: Triple = self.model.patch_embed.img_size  # type: ignore[union-attr,assignment]
         self.image_size = self.volume_size[1:]
+
+    def input_shape(self, size: Any = None) -> tuple[int, ...]:
+        """[C, D, h, w] of the size it was built for, whatever `size` is."""
+        return (self.in_chans, *self.volume_size)
 
     @property
     def patch_shape(self) -> Triple:

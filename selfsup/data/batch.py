@@ -74,6 +74,9 @@ class BatchMaker:
     copies: so many times in a row an image comes, each time augmented in its own way (`data.copies`).
     """
 
+    part = ""
+    """What each of its samples is made of, where that is several pictures."""
+
     def __init__(
         self,
         source: Source,

@@ -30,6 +30,8 @@ class ClipBatchMaker(BatchMaker):
     them: they are cut from the same place, and `photometric.apply(..., frames=T)` gives all the same colours.
     """
 
+    part = "frame"
+
     def _buffer(self, views: Sequence[View], count: int) -> np.ndarray:
         frames, _ = span(views[0].crops, self.source.config)
         size = views[0].size

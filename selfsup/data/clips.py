@@ -15,6 +15,7 @@ narrow, as SVT (Ranasinghe et al., 2022, "Self-supervised Video Transformer", se
 
 import os
 import re
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -91,9 +92,9 @@ class _Clips(Source):
     def frame_channels(self) -> int:
         return self._frame_channels
 
+    @abstractmethod
     def path(self, i: int) -> bytes:
         """Of video i."""
-        raise NotImplementedError
 
     def video(self, i: int) -> Video:
         """Video i, opened. Raises BadImage if it cannot be."""

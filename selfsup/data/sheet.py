@@ -42,11 +42,13 @@ def sheet(
     *,
     most: int = 8,
     originals: Sequence[Image.Image] = (),
+    part: str = "frame",
 ) -> Image.Image:
     """A row for each of the first images of a batch, a column for each view, after every operation of the augmentation.
 
     groups: the views, one list for each tensor of the batch (`views.resolutions`). Views keep their sizes to one another.
     originals: in a first column. What mixes images, and masks of tokens, come later and are not shown.
+    part: what a clip or a volume is made of (`BatchMaker.part`).
     """
     count = min(most, len(batch.ids))
     largest = max(view.size for group in groups for view in group)
@@ -55,7 +57,7 @@ def sheet(
     shown: list[tuple[str, Tensor]] = []
     modules = modules_of(groups, len(mean), "cpu")
     for group, crops, params, module in zip(groups, batch.crops, batch.params, modules):
-        shown += _columns(group, crops[:, :count], params[:, :count], mean, std, module)
+        shown += _columns(group, crops[:, :count], params[:, :count], mean, std, module, part)
     columns = len(shown) + bool(originals)
     out = Image.new("RGB", (columns * (cell + _GAP) + _GAP, count * (cell + _GAP) + _GAP + _HEAD), "white")
     pen, font = ImageDraw.Draw(out), ImageFont.load_default()
@@ -80,21 +82,17 @@ def _columns(
     mean: Sequence[float],
     std: Sequence[float],
     module: nn.Module | None,
+    part: str,
 ) -> list[tuple[str, Tensor]]:
     """A title and images [n, C, S, S] for each view of a resolution; of clips for some of their frames, in order."""
     frames = crops.shape[2] // len(mean)
     views = photometric.apply(crops, params, mean, std, "cpu", module=module, frames=frames)  # [V, n, T*C, S, S]
     if frames == 1:
         return [(f"{view.name}, {view.size} px", rows) for view, rows in zip(group, views)]
-    unit = (
-        "frame"
-        if group[0].crops.dflip == 0 and group[0].crops.slices is None and not group[0].crops.extent
-        else "slice"
-    )
     few = np.unique(np.linspace(0, frames - 1, min(frames, _FRAMES)).round().astype(int)).tolist()
     channels = len(mean)
     return [
-        (f"{view.name}, {unit} {f}", rows[:, f * channels : (f + 1) * channels])
+        (f"{view.name}, {part} {f}", rows[:, f * channels : (f + 1) * channels])
         for view, rows in zip(group, views)
         for f in few
     ]

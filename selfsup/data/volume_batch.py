@@ -30,6 +30,8 @@ class VolumeBatchMaker(BatchMaker):
     Of each row of parameters x, y, w, h are those of the box; its place along the depth is drawn again from the same key.
     """
 
+    part = "slice"
+
     def _buffer(self, views: Sequence[View], count: int) -> np.ndarray:
         d, h, w = shape_of(views[0])
         return np.empty((len(views), count, d * self.source.channels, h, w), np.uint8)

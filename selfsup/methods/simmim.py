@@ -85,7 +85,7 @@ class SimMIM(nn.Module):
         """Raise UserError for one whose last map is no grid of squares of its images, or whose patches are mixed too early."""
         if _embeds(backbone):
             check_maskable(backbone, "SimMIM")
-        if hasattr(backbone, "frames"):
+        if backbone.sees == "clips":
             raise UserError(
                 f"backbone.name={backbone.name}: SimMIM predicts images, and it sees clips; choose another backbone"
             )

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from selfsup import augment
 from selfsup.augment import folder
 from selfsup.cli import app, main
 from selfsup.errors import UserError
+from selfsup.guard.processes import Process
 
 WORDS = ["hflip=0.5", "workers=0"]
 
@@ -189,7 +191,8 @@ def test_two_at_once(photos: Path, tmp_path: Path) -> None:
         assert time.monotonic() - began < 5
     holder = subprocess.Popen(["sleep", "1"], pass_fds=[handle := os.open(out / ".lock", os.O_RDWR)])
     folder.fcntl.flock(handle, folder.fcntl.LOCK_EX)
-    os.pwrite(handle, f"{folder.socket.gethostname()} 999999999".encode(), 0)
+    dead = replace(Process.current(), pid=999999999)
+    os.pwrite(handle, json.dumps(asdict(dead)).encode(), 0)
     os.close(handle)  # the child has it still
     assert augment.run(str(photos), out, WORDS)["files"] == 12 and holder.wait() == 0
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from selfsup.data import mask_files
 from selfsup.data.sources import open_source
 from selfsup.errors import UserError
-from selfsup.eval import davis, dense, masks, object_masks, objects, propagate, segment_knn
+from selfsup.eval import davis, dense, object_masks, objects, propagate, segment_knn
 from selfsup.eval.settings import resolve
 from selfsup.eval.targets import open_target
 
@@ -56,7 +57,7 @@ def test_which_mask_is_whose(tmp_path: Path):
             Image.fromarray(np.full((4, 5), 7, np.uint8)).save(tmp_path / "masks" / name)
     names = [Path(n) for n in ("a/1.jpg", "b/1.jpg", "2.JPEG", "3.png")]
     wanted = [tmp_path / "masks" / n for n in ("a/1.png", "b/1.tif", "2.npy", "c/3.pgm")]
-    assert masks.matched(names, tmp_path / "masks") == wanted
+    assert mask_files.matched(names, tmp_path / "masks") == wanted
     for name in names:
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "images" / name, format="PNG")
@@ -68,10 +69,10 @@ def test_which_mask_is_whose(tmp_path: Path):
         ("d/2.png", "the mask of two images, 2.JPEG and d/2.png"),
     ):
         with pytest.raises(UserError, match=said):
-            masks.matched([*names, Path(more)], tmp_path / "masks")
+            mask_files.matched([*names, Path(more)], tmp_path / "masks")
     Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "masks" / "2.png")
     with pytest.raises(UserError, match=r"there is also 2\.npy"):
-        masks.matched(names, tmp_path / "masks")
+        mask_files.matched(names, tmp_path / "masks")
 
 
 # --------------------------------------------------------------------------------------------------------- segment-knn

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from benchmarks import composed
+from selfsup.data.mask_files import read_ids
 from selfsup.errors import UserError
-from selfsup.eval.masks import read_ids
 from selfsup.eval.segment_crops import Crops, crop
 from selfsup.eval.segment_data import IGNORE, Reader, open_classes
 from selfsup.eval.segment_layouts import open_layout

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from selfsup.data.mask_files import read_ids
 from selfsup.errors import EarlyStop, UserError
 from selfsup.eval import segment, segment_model, segment_subject
-from selfsup.eval.masks import read_ids
 from selfsup.eval.segment_crops import Crops
 from selfsup.eval.settings import resolve
 from tests.eval import segmentation

@@ -14,13 +14,13 @@ import pytest
 from selfsup import config as configuration
 from selfsup import methods
 from selfsup.cli import EVALUATIONS
+from selfsup.config import Config
 from selfsup.errors import UserError
 from selfsup.eval import settings
 from selfsup.guard.lease import Lease
 from selfsup.launch import plan, submission
 from selfsup.launch.submission import Submission
 from selfsup.launch.submit import _alone, submit
-from selfsup.schema import Config
 from tests.slurm.cluster import Slurm
 
 HERE = ("partition=low", "time=20", "gpus_per_node=0", "cpus_per_task=1", "sbatch.begin=now+1hour")

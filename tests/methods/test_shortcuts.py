@@ -5,7 +5,7 @@ import torch
 
 from selfsup import methods, schedules
 from selfsup.methods.contract import ViewBatch
-from selfsup.schema import Shortcut
+from selfsup.schema.kinds import Shortcut
 from tests.methods.tiny import tiny_config
 
 ALL: tuple[Shortcut, ...] = ("packed", "cls", "prototypes", "heap")
